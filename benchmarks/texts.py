@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from pydoc_data.topics import topics
 
-from castlm.cli.demo import write_split
+from castlm.cli.demo_run import write_split
 
 
 def write_texts(folder: Path) -> tuple[Path, Path]:

@@ -1,10 +1,11 @@
 """TrainConfig and the command line: what is accepted, what is refused in one line, and what the help shows."""
 
+import dataclasses
 import importlib
 import pkgutil
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,7 +18,7 @@ from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.fields import docs_of, positional
+from castlm.fields import number, positional
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS
@@ -69,7 +70,7 @@ def test_every_method_of_the_package_has_a_row():
 def test_every_option_is_in_one_section_and_has_help():
     assert len(set(OPTIONS)) == len(OPTIONS)
     for section in TrainConfig.sections().values():
-        assert set(docs_of(section)) == set(names_of(section))
+        assert all(option.metadata.get("help") for option in dataclasses.fields(section))
 
 
 def test_yaml_takes_options_flat_or_in_sections():
@@ -331,6 +332,20 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
         assert clumsy not in long
 
 
+def test_no_help_of_a_command_imports_torch():
+    """In one fresh process: what one help imports, the next has too."""
+    code = (
+        "import sys; from castlm.cli.main import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    for option in ('--help', '--help-all'):\n"
+        "        try: main([*name.split(), option])\n"
+        "        except SystemExit as stop: assert not stop.code\n"
+        "        found = {'torch', 'transformers', 'datasets', 'scipy', 'matplotlib'} & set(sys.modules)\n"
+        "        assert not found, (name, option, found)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_the_list_of_commands_imports_nothing_heavy():
     code = (
         "import sys; from castlm.cli.main import main; main(['--help'])\n"
@@ -343,11 +358,8 @@ def test_the_list_of_commands_imports_nothing_heavy():
 class Options:
     """Try things."""
 
-    path: str = positional()
-    """Where."""
-
-    size: int = field(default=3, metadata={"at_least": 1})
-    """How large."""
+    path: str = positional(help="Where.")
+    size: int = number(3, at_least=1, help="How large.")
 
     ratio: float | None = None
     mode: Literal["a", "b"] = "a"
@@ -357,8 +369,8 @@ class Options:
 
 def test_a_dataclass_becomes_a_command_line_and_back(capsys):
     options = parse(Options, ["p", "--size", "4", "--no-fast", "--names", "x", "y"], "try")
-    assert options == Options("p", 4, None, "a", False, ("x", "y"))
-    assert command_line("try", Options("-p", 4, fast=False)) == "castlm try --path=-p --size 4 --no-fast"
+    assert options == Options("p", size=4, fast=False, names=("x", "y"))
+    assert command_line("try", Options("-p", size=4, fast=False)) == "castlm try --path=-p --size 4 --no-fast"
     with pytest.raises(InputError, match="--size = 0"):
         parse(Options, ["p", "--size", "0"], "try")
     with pytest.raises(InputError, match="required: path"):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from castlm.cli import demo, demo_payoff
+from castlm.cli import demo_payoff, demo_run
 from castlm.cli.demo_payoff import Case, measure
 from castlm.cli.main import main
 from castlm.packed import generate
@@ -21,9 +21,9 @@ from tests.runs import prune_to
 @pytest.fixture
 def tiny_demo(no_charts, tmp_path, monkeypatch) -> str:
     """The output folder of a demo whose model is tiny, and neither generates nor is timed."""
-    monkeypatch.setattr(demo, "DEMO", save_chat_model(tmp_path / "model", max_position_embeddings=512))
-    monkeypatch.setattr(demo, "payoff_table", lambda *_: (Table(), "a text", "a text"))
-    monkeypatch.setattr(demo, "answer", lambda loaded: "a text")
+    monkeypatch.setattr(demo_run, "DEMO", save_chat_model(tmp_path / "model", max_position_embeddings=512))
+    monkeypatch.setattr(demo_run, "payoff_table", lambda *_: (Table(), "a text", "a text"))
+    monkeypatch.setattr(demo_run, "answer", lambda loaded: "a text")
     return str(tmp_path / "out")
 
 
@@ -75,7 +75,7 @@ def test_a_folder_of_something_else_is_not_resumed(tiny_demo, tmp_path, capsys):
 def test_no_question_of_the_held_out_conversations_is_trained_on(tmp_path):
     questions = [
         {json.loads(line)["messages"][0]["content"] for line in path.read_text(encoding="utf-8").splitlines()}
-        for path in demo.write_texts(tmp_path)
+        for path in demo_run.write_texts(tmp_path)
     ]
     assert not questions[0] & questions[1]
     assert all(questions)

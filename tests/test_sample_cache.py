@@ -117,9 +117,17 @@ def test_a_finished_text_gets_its_cache_later_and_the_printed_command_trains_wit
     assert main(arguments) == 0
     assert len(lessons) == num_read > 0
     printed = capsys.readouterr().out.rpartition("castlm train ")[2].split()
-    assert "--num-train-epochs" in printed
     printed[printed.index("RUN")] = str(tmp_path / "run")
-    more = ("--init-from", "magnitude", "--save-steps", "0", "--no-report", "--ignore-decay-budget")
+    more = (
+        "--max-steps",
+        "20",
+        "--init-from",
+        "magnitude",
+        "--save-steps",
+        "0",
+        "--no-report",
+        "--ignore-decay-budget",
+    )
     assert main(["train", *printed, *more]) == 0
     assert len(lessons) == num_read
     assert "no teacher is loaded" in capsys.readouterr().err

@@ -6,17 +6,14 @@ errors. This module does not import torch.
 
 from __future__ import annotations
 
-import ast
 import dataclasses
 import difflib
 import functools
-import inspect
 import itertools
 import math
 import operator
 import os
 import re
-import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -73,8 +70,11 @@ class Needs(NamedTuple):
     """A value beside the default that asks for nothing, such as 0 iterations."""
 
 
-def option(default: Any, **metadata: Any) -> Any:
-    """A field with metadata and nothing special: `needs`, `changes_result`, `may_change`."""
+def option(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field with metadata and nothing special: `help`, `needs`, `changes_result`, `may_change`.
+
+    `help` is the text of the option in `--help` and in the reference. Required if there is no default.
+    """
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
@@ -118,7 +118,7 @@ def like(section: type[Any], name: str, **more: Any) -> Any:
     """
     field = next(field for field in dataclasses.fields(section) if field.name == name)
     default = more.pop("default", field.default)
-    metadata = {**field.metadata, "needs": (), "like": section, **more}
+    metadata = {**field.metadata, "needs": (), **more}
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 
@@ -244,39 +244,14 @@ def free_on_resume(kinds: Iterable[type[Any]]) -> frozenset[str]:
     return without_result(kinds) | {field.name for field in fields if field.metadata.get("may_change")}
 
 
-def _once(function: Callable[[type[Any]], T]) -> Callable[[type[Any]], T]:
-    """`functools.cache` for a function of a class, with its types: to mypy, `type[Any]` has no hash."""
-    found: dict[type[Any], T] = {}
-
-    @functools.wraps(function)
-    def first_or_kept(kind: type[Any]) -> T:
-        if kind not in found:
-            found[kind] = function(kind)
-        return found[kind]
-
-    return first_or_kept
+_HINTS: dict[type[Any], dict[str, Any]] = {}  # not functools.cache: to mypy, `type[Any]` has no hash
 
 
-@_once
 def hints_of(kind: type[Any]) -> dict[str, Any]:
     """The type of each field, resolved."""
-    return typing.get_type_hints(kind)
-
-
-@_once
-def docs_of(kind: type[Any]) -> dict[str, str]:
-    """The docstrings after the fields of a dataclass and its bases, in one line each."""
-    docs: dict[str, str] = {}
-    for base in reversed(kind.__mro__):
-        if not dataclasses.is_dataclass(base):
-            continue
-        body = typing.cast(ast.ClassDef, ast.parse(textwrap.dedent(inspect.getsource(base))).body[0]).body
-        for field, after in itertools.pairwise(body):
-            is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
-            if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name) and is_text:
-                docs[field.target.id] = " ".join(str(after.value.value).split())  # type: ignore[attr-defined]
-    others = {field.name: field.metadata["like"] for field in dataclasses.fields(kind) if "like" in field.metadata}
-    return docs | {name: docs_of(section)[name] for name, section in others.items()}
+    if kind not in _HINTS:
+        _HINTS[kind] = typing.get_type_hints(kind)
+    return _HINTS[kind]
 
 
 def build(kind: type[T], values: Mapping[str, Any], source: str = "", asked: Iterable[str] | None = None) -> T:

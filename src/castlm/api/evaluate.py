@@ -26,51 +26,92 @@ TASKS = Needs("tasks", lambda options: options.tasks is not None)
 class EvaluateOptions(ScoredTextOptions):
     """The options of an evaluation."""
 
-    model: str = positional()
-    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
+    model: str = positional(
+        help='Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo".',
+    )
 
-    text: str | None = None
-    """Text to evaluate on: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    text: str | None = option(
+        None,
+        help="Text to evaluate on: a file, folder, glob or hub dataset, as --dataset of castlm train.",
+    )
 
-    eval_split: str = option("validation", needs=TEXT)
-    """Split of a hub dataset."""
+    eval_split: str = option(
+        "validation",
+        needs=TEXT,
+        help="Split of a hub dataset.",
+    )
 
-    eval_tokens: int = number(0, at_least=0, needs=TEXT)
-    """Maximum number of tokens of the text. 0 scores all of it."""
+    eval_tokens: int = number(
+        0,
+        at_least=0,
+        needs=TEXT,
+        help="Maximum number of tokens of the text. 0 scores all of it.",
+    )
 
-    seq_len: int | None = option(None, needs=TEXT)
-    """Tokens per sequence. The default is 1024, or the model's context length if that is shorter. Perplexities at
-    different lengths cannot be compared.
-    """
+    seq_len: int | None = option(
+        None,
+        needs=TEXT,
+        help="Tokens per sequence. The default is 1024, or the model's context length if that is shorter. "
+        "Perplexities at different lengths cannot be compared.",
+    )
 
-    stride: int | None = option(None, needs=TEXT)
-    """Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap."""
+    stride: int | None = option(
+        None,
+        needs=TEXT,
+        help="Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap.",
+    )
 
-    tasks: str | None = None
-    """Tasks of lm-eval, separated by commas, such as piqa,arc_easy; run without examples and without a chat template.
-    """
+    tasks: str | None = option(
+        None,
+        help="Tasks of lm-eval, separated by commas, such as piqa,arc_easy; run without examples and without a "
+        "chat template.",
+    )
 
-    tasks_from: str | None = option(None, needs=TASKS)
-    """Folder with local files of the tasks, instead of the hub."""
+    tasks_from: str | None = option(
+        None,
+        needs=TASKS,
+        help="Folder with local files of the tasks, instead of the hub.",
+    )
 
-    limit: int | None = number(None, at_least=1, needs=TASKS)
-    """Maximum number of questions per task."""
+    limit: int | None = number(
+        None,
+        at_least=1,
+        needs=TASKS,
+        help="Maximum number of questions per task.",
+    )
 
-    prompts: str | None = None
-    """File of prompts, one on each line of a .txt file. The model answers each, and the answers are measured: the share
-    of their 4-grams that repeat an earlier one, and with a teacher its nats per token of them."""
+    prompts: str | None = option(
+        None,
+        help="File of prompts, one on each line of a .txt file. The model answers each, and the answers are "
+        "measured: the share of their 4-grams that repeat an earlier one, and with a teacher its nats per token of "
+        "them.",
+    )
 
-    teacher: str | None = option(None, needs=PROMPTS)
-    """Model that scores the answers to the prompts, such as the dense model: a folder, hub id, GGUF file or "demo"."""
+    teacher: str | None = option(
+        None,
+        needs=PROMPTS,
+        help="Model that scores the answers to the prompts, such as the dense model: a folder, hub id, GGUF file "
+        'or "demo".',
+    )
 
-    max_new_tokens: int = number(64, at_least=1, needs=PROMPTS)
-    """Maximum number of tokens of an answer."""
+    max_new_tokens: int = number(
+        64,
+        at_least=1,
+        needs=PROMPTS,
+        help="Maximum number of tokens of an answer.",
+    )
 
-    temperature: float = number(0.0, at_least=0, needs=PROMPTS)
-    """Temperature of the answers. 0 always takes the most probable token."""
+    temperature: float = number(
+        0.0,
+        at_least=0,
+        needs=PROMPTS,
+        help="Temperature of the answers. 0 always takes the most probable token.",
+    )
 
-    precision: Literal["auto", "fp32", "bf16"] = "fp32"
-    """Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster."""
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "fp32",
+        help="Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster.",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import typing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.nm import Pattern
-from castlm.fields import build, choice, parsed, positional
+from castlm.fields import build, choice, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
 
 if typing.TYPE_CHECKING:  # they import torch
@@ -31,27 +31,38 @@ def head_formats() -> tuple[str, ...]:
 class PackOptions:
     """The options of packing."""
 
-    model: str = positional()
-    """Model folder in Hugging Face format, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
+    model: str = positional(
+        help='Model folder in Hugging Face format, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense.',
+    )
 
-    output_dir: str = field(kw_only=True)
-    """Folder for the packed model."""
+    output_dir: str = option(
+        help="Folder for the packed model.",
+    )
 
-    pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
-    """n:m, at most n non-zeros in every m along the input axis, or dense. The default is the pattern in castlm.json;
-    without one, 2:4 if the first layer has it, otherwise dense.
-    """
+    pattern: Pattern | Literal["dense"] | None = parsed(
+        None,
+        parse_pattern_or_dense,
+        help="n:m, at most n non-zeros in every m along the input axis, or dense. The default is the pattern in "
+        "castlm.json; without one, 2:4 if the first layer has it, otherwise dense.",
+    )
 
-    dtype: Literal["bf16", "fp16", "fp32"] | None = None
-    """Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0."""
+    dtype: Literal["bf16", "fp16", "fp32"] | None = option(
+        None,
+        help="Cast all weights to this dtype first. By default they keep their bits, except that -0.0 may become 0.0.",
+    )
 
-    head: str | None = choice(None, head_formats)
-    """int8 rounds the output head and the embedding, tied or not, with one scale per row, int6 and int4 with a scale
-    for every 64 columns; source keeps them. The default is int6 where the layers are integers and head and embedding
-    more than a tenth of the file, otherwise source."""
+    head: str | None = choice(
+        None,
+        head_formats,
+        help="int8 rounds the output head and the embedding, tied or not, with one scale per row, int6 and int4 "
+        "with a scale for every 64 columns; source keeps them. The default is int6 where the layers are integers "
+        "and head and embedding more than a tenth of the file, otherwise source.",
+    )
 
-    overwrite: bool = False
-    """Replace an earlier result in output_dir."""
+    overwrite: bool = option(
+        False,
+        help="Replace an earlier result in output_dir.",
+    )
 
 
 @with_keywords_of(PackOptions)

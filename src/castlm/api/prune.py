@@ -33,52 +33,81 @@ TEXT = Needs("a method that reads a text, such as wanda or sparsegpt", lambda op
 class OwnOptions:
     """The model, the pattern, the solver and the calibration text."""
 
-    model: str = essential()
-    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+    model: str = essential(
+        help='Local Hugging Face folder, hub id, GGUF file, or "demo".',
+    )
 
-    output_dir: str = essential()
-    """Folder for the pruned model."""
+    output_dir: str = essential(
+        help="Folder for the pruned model.",
+    )
 
-    method: str | None = choice(None, all_methods, essential=True)
-    """Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), wanda, magnitude.
-    """
+    method: str | None = choice(
+        None,
+        all_methods,
+        essential=True,
+        help="Solver that chooses the masked weights: sparsegpt (the default; it also updates the kept ones), "
+        "wanda, magnitude.",
+    )
 
-    calibration: str | None = essential(None, needs=TEXT._replace(is_met=lambda options: options.takes_text))
-    """Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as --dataset
-    of castlm train.
-    """
+    calibration: str | None = essential(
+        None,
+        needs=TEXT._replace(is_met=lambda options: options.takes_text),
+        help="Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as "
+        "--dataset of castlm train.",
+    )
 
     pattern: Pattern = like(ModelOptions, "pattern", essential=True)
-    num_sequences: int | None = number(None, at_least=1, needs=TEXT)
-    """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
-    more), at most 128, and a quarter for a quick start."""
+    num_sequences: int | None = number(
+        None,
+        at_least=1,
+        needs=TEXT,
+        help="Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest "
+        "layer if that is more), at most 128, and a quarter for a quick start.",
+    )
 
-    seq_len: int = essential(0, at_least=0, needs=TEXT)
-    """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
+    seq_len: int = essential(
+        0,
+        at_least=0,
+        needs=TEXT,
+        help="Tokens per calibration sequence. 0 is the model's context length, at most 2,048.",
+    )
 
-    seed: int = option(0, needs=TEXT)
-    """Seed for drawing calibration sequences."""
+    seed: int = option(
+        0,
+        needs=TEXT,
+        help="Seed for drawing calibration sequences.",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", needs=TEXT)
-    """Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the hardware
-    multiplies it faster and the model is not tiny.
-    """
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        needs=TEXT,
+        help="Compute type of the passes over the calibration text; solvers compute in fp32. auto: bf16 if the "
+        "hardware multiplies it faster and the model is not tiny.",
+    )
 
-    memory: Literal["auto", "model", "block"] = essential("auto")
-    """Keep the whole model in memory in fp32, or one transformer block at a time; the result is the same. auto: block
-    if the model does not fit, in GPU memory if there is a GPU.
-    """
+    memory: Literal["auto", "model", "block"] = essential(
+        "auto",
+        help="Keep the whole model in memory in fp32, or one transformer block at a time; the result is the same. "
+        "auto: block if the model does not fit, in GPU memory if there is a GPU.",
+    )
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
 
-    allow_dense: float = number(ALLOW_DENSE, at_least=0, at_most=1)
-    """The largest share of the weights by which the transformer blocks multiply that may stay dense. A model of which
-    more would, such as one with experts that castlm does not make sparse, is refused with exit code 1."""
+    allow_dense: float = number(
+        ALLOW_DENSE,
+        at_least=0,
+        at_most=1,
+        help="The largest share of the weights by which the transformer blocks multiply that may stay dense. A "
+        "model of which more would, such as one with experts that castlm does not make sparse, is refused with "
+        "exit code 1.",
+    )
 
-    overwrite: bool = essential(False)
-    """Replace an earlier result in output_dir."""
+    overwrite: bool = essential(
+        False,
+        help="Replace an earlier result in output_dir.",
+    )
 
     revision: str | None = like(ModelOptions, "revision")
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")

@@ -34,60 +34,98 @@ CALIBRATION = Needs("a calibration text, which int6, int4 and int3 read", lambda
 class QuantizeOptions(TextOptions):
     """The options of rounding a model."""
 
-    model: str = positional()
-    """Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense."""
+    model: str = positional(
+        help='Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; n:m or dense.',
+    )
 
-    output_dir: str | None = option(None)
-    """Folder for the quantized model."""
+    output_dir: str | None = option(
+        None,
+        help="Folder for the quantized model.",
+    )
 
-    gguf: str | None = option(None)
-    """Write this GGUF file, for llama.cpp, Ollama and LM Studio, instead of a folder: int4 as Q4_0, int8 as Q8_0. The
-    model is a GGUF file too; its metadata, tokenizer, embedding and head stay as they are.
-    """
+    gguf: str | None = option(
+        None,
+        help="Write this GGUF file, for llama.cpp, Ollama and LM Studio, instead of a folder: int4 as Q4_0, int8 "
+        "as Q8_0. The model is a GGUF file too; its metadata, tokenizer, embedding and head stay as they are.",
+    )
 
-    kind: str = choice("int8", rounded_formats)
-    """int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 columns of a
-    row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less than int3 here.
-    """
+    kind: str = choice(
+        "int8",
+        rounded_formats,
+        help="int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 "
+        "columns of a row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less "
+        "than int3 here.",
+    )
 
-    packed: bool = option(False, needs=FOLDER)
-    """Write codes and scales without zeros, in castlm's packed format (not fp8), instead of a plain model folder.
-    """
+    packed: bool = option(
+        False,
+        needs=FOLDER,
+        help="Write codes and scales without zeros, in castlm's packed format (not fp8), instead of a plain model "
+        "folder.",
+    )
 
-    head: str | None = choice(None, head_formats, needs=FOLDER)
-    """With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per row, int6 and
-    int4 with a scale for every 64 columns, better with a calibration text; source keeps them. The default is int6 where
-    head and embedding are more than a tenth of the file, otherwise source."""
+    head: str | None = choice(
+        None,
+        head_formats,
+        needs=FOLDER,
+        help="With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per "
+        "row, int6 and int4 with a scale for every 64 columns, better with a calibration text; source keeps them. "
+        "The default is int6 where head and embedding are more than a tenth of the file, otherwise source.",
+    )
 
-    calibration: str | None = None
-    """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; int4 without
-    one is rounded to the nearest, which loses more.
-    """
+    calibration: str | None = option(
+        None,
+        help="Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train. int3 needs one; "
+        "int4 without one is rounded to the nearest, which loses more.",
+    )
 
-    pattern: Pattern | Literal["dense"] | None = parsed(None, parse_pattern_or_dense)
-    """n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the first layer
-    has it, otherwise dense.
-    """
+    pattern: Pattern | Literal["dense"] | None = parsed(
+        None,
+        parse_pattern_or_dense,
+        help="n:m of the model, or dense. The default is the pattern in its castlm.json; without one, 2:4 if the "
+        "first layer has it, otherwise dense.",
+    )
 
-    num_sequences: int = number(64, at_least=1, needs=CALIBRATION)
-    """Calibration sequences."""
+    num_sequences: int = number(
+        64,
+        at_least=1,
+        needs=CALIBRATION,
+        help="Calibration sequences.",
+    )
 
-    seq_len: int = number(512, at_least=1, needs=CALIBRATION)
-    """Tokens per calibration sequence, at most the model's context length."""
+    seq_len: int = number(
+        512,
+        at_least=1,
+        needs=CALIBRATION,
+        help="Tokens per calibration sequence, at most the model's context length.",
+    )
 
-    seed: int = option(0, needs=CALIBRATION)
-    """Seed for drawing calibration sequences."""
+    seed: int = option(
+        0,
+        needs=CALIBRATION,
+        help="Seed for drawing calibration sequences.",
+    )
 
-    damping: float = number(0.01, at_least=0, at_most=1, needs=CALIBRATION)
-    """int4, int3: add this fraction of the mean diagonal to the Hessian."""
+    damping: float = number(
+        0.01,
+        at_least=0,
+        at_most=1,
+        needs=CALIBRATION,
+        help="int4, int3: add this fraction of the mean diagonal to the Hessian.",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
-    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = option("source", needs=FOLDER)
-    """Dtype of the dequantized values in a plain folder. source: the dtype of the stored model."""
+    save_dtype: Literal["source", "fp32", "bf16", "fp16"] = option(
+        "source",
+        needs=FOLDER,
+        help="Dtype of the dequantized values in a plain folder. source: the dtype of the stored model.",
+    )
 
-    overwrite: bool = False
-    """Replace an earlier result in output_dir, or the file of --gguf."""
+    overwrite: bool = option(
+        False,
+        help="Replace an earlier result in output_dir, or the file of --gguf.",
+    )
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 

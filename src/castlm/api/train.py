@@ -22,10 +22,12 @@ if TYPE_CHECKING:  # they import torch
 class RecipeOptions:
     """The values that the options of `castlm train` override."""
 
-    recipe: str = choice("castlm", RECIPES)
-    """Base values of all options. castlm: our defaults. paper: decay, learning rates, eta, batch and length as
-    published for LLaMA2-7B, with Adam's usual betas.
-    """
+    recipe: str = choice(
+        "castlm",
+        RECIPES,
+        help="Base values of all options. castlm: our defaults. paper: decay, learning rates, eta, batch and "
+        "length as published for LLaMA2-7B, with Adam's usual betas.",
+    )
 
 
 FOREIGN = {"train": ("adapter",), "finetune": ("method", "start")}

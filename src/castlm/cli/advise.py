@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,14 +36,24 @@ def parse_factor(text: Any) -> float:
 class LimitOptions:
     """The limits that a recipe keeps."""
 
-    megabytes: float | None = number(None, above=0)
-    """The most MB of the packed weights. The recipe of least perplexity is chosen."""
+    megabytes: float | None = number(
+        None,
+        above=0,
+        help="The most MB of the packed weights. The recipe of least perplexity is chosen.",
+    )
 
-    perplexity_at_most: float | None = parsed(None, parse_factor)
-    """The most perplexity as a factor of the dense model's, such as 1.2x. Alone, it chooses the smallest model."""
+    perplexity_at_most: float | None = parsed(
+        None,
+        parse_factor,
+        help="The most perplexity as a factor of the dense model's, such as 1.2x. Alone, it chooses the smallest "
+        "model.",
+    )
 
-    tokens_per_second: float | None = number(None, above=0)
-    """The least speed of decoding one sequence on this CPU, by the linear layers alone, which are timed."""
+    tokens_per_second: float | None = number(
+        None,
+        above=0,
+        help="The least speed of decoding one sequence on this CPU, by the linear layers alone, which are timed.",
+    )
 
     @property
     def has_limits(self) -> bool:
@@ -72,36 +82,52 @@ class AdviseCommand(LimitOptions):
     --megabytes, --perplexity-at-most or --tokens-per-second, show the best recipe for that on a CPU, as commands.
     """
 
-    model: str = positional()
-    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read."""
+    model: str = positional(
+        help='Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read.',
+    )
 
-    tokens: int = number(0, at_least=0)
-    """Tokens that a layer computes at once: the batch size in decoding, or all tokens of a prompt. 0 times 1, 8 and 512
-    on a CPU, and 1 on a GPU.
-    """
+    tokens: int = number(
+        0,
+        at_least=0,
+        help="Tokens that a layer computes at once: the batch size in decoding, or all tokens of a prompt. 0 times "
+        "1, 8 and 512 on a CPU, and 1 on a GPU.",
+    )
 
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Dtype in which the model is served now, on a GPU bf16 or fp16. Speeds are relative to it."""
+    dtype: Literal["bf16", "fp16", "fp32"] = option(
+        "bf16",
+        help="Dtype in which the model is served now, on a GPU bf16 or fp16. Speeds are relative to it.",
+    )
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Device to time; auto takes the GPU if there is one."""
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto",
+        help="Device to time; auto takes the GPU if there is one.",
+    )
 
-    pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m. The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a CPU also two
-    patterns that keep half in longer groups: the longest that all layers allow, such as 32:64, and the longest that
-    this processor takes nearly as fast as 2:4, which is 8:16 with AVX2.
-    """
+    pattern: Pattern | None = parsed(
+        None,
+        parse_pattern,
+        help="n:m. The default is the pattern of MODEL, if castlm made it. For a dense model it is 2:4, and on a "
+        "CPU also two patterns that keep half in longer groups: the longest that all layers allow, such as 32:64, "
+        "and the longest that this processor takes nearly as fast as 2:4, which is 8:16 with AVX2.",
+    )
 
     law: str | None = option(
-        None, needs=Needs("a CPU, where perplexity is shown", lambda command: not command.is_on_gpu)
+        None,
+        needs=Needs("a CPU, where perplexity is shown", lambda command: not command.is_on_gpu),
+        help="Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens.",
     )
-    """Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens."""
 
-    train_tokens: float | None = number(None, above=0, needs=Needs("--law", lambda command: command.law is not None))
-    """Training tokens for which the law predicts."""
+    train_tokens: float | None = number(
+        None,
+        above=0,
+        needs=Needs("--law", lambda command: command.law is not None),
+        help="Training tokens for which the law predicts.",
+    )
 
-    json: str | None = None
-    """File for the advice as JSON; "-" prints it instead of the table."""
+    json: str | None = option(
+        None,
+        help='File for the advice as JSON; "-" prints it instead of the table.',
+    )
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
@@ -208,23 +234,34 @@ class ShrinkCommand(LimitOptions):
     before they run; the same command with --resume continues after a stop.
     """
 
-    model: str = positional()
-    """Local Hugging Face folder, hub id, GGUF file, or "demo"; dense."""
+    model: str = positional(
+        help='Local Hugging Face folder, hub id, GGUF file, or "demo"; dense.',
+    )
 
-    dataset: str = positional()
-    """Text to train on: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    dataset: str = positional(
+        help="Text to train on: a file, folder, glob or hub dataset, as --dataset of castlm train.",
+    )
 
-    output_dir: str = field(kw_only=True)
-    """Folder of the run and of the packed model."""
+    output_dir: str = option(
+        help="Folder of the run and of the packed model.",
+    )
 
-    max_steps: int = number(100, at_least=1)
-    """Steps of training. The expected perplexity is that of 100 steps of 512 tokens."""
+    max_steps: int = number(
+        100,
+        at_least=1,
+        help="Steps of training. The expected perplexity is that of 100 steps of 512 tokens.",
+    )
 
-    seq_len: int = number(512, at_least=1)
-    """Tokens of a step, which is one sequence."""
+    seq_len: int = number(
+        512,
+        at_least=1,
+        help="Tokens of a step, which is one sequence.",
+    )
 
-    resume: bool = field(default=False, kw_only=True)
-    """Continue where an earlier start with the same options stopped."""
+    resume: bool = option(
+        False,
+        help="Continue where an earlier start with the same options stopped.",
+    )
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 

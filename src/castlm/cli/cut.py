@@ -19,47 +19,78 @@ _TEXT = Needs("--calibration", lambda command: command.calibration is not None)
 
 @dataclass(frozen=True, kw_only=True)
 class _OwnOptions:
-    model: str = essential()
-    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+    model: str = essential(
+        help='Local Hugging Face folder, hub id, GGUF file, or "demo".',
+    )
 
-    output_dir: str = essential()
-    """Folder for the smaller model."""
+    output_dir: str = essential(
+        help="Folder for the smaller model.",
+    )
 
-    units: Units = parsed(Units("channels", 0.5), Units.parse, essential=True)
-    """Units, and the share of them that stays: channels:SHARE of the MLPs, or heads:SHARE (KV heads with their query
-    heads)."""
+    units: Units = parsed(
+        Units("channels", 0.5),
+        Units.parse,
+        essential=True,
+        help="Units, and the share of them that stays: channels:SHARE of the MLPs, or heads:SHARE (KV heads with "
+        "their query heads).",
+    )
 
-    score: str | None = choice(None, SCORES, essential=True)
-    """Score by which units are ranked: flap (the default of channels), taylor (of heads), or magnitude, which needs no
-    text."""
+    score: str | None = choice(
+        None,
+        SCORES,
+        essential=True,
+        help="Score by which units are ranked: flap (the default of channels), taylor (of heads), or magnitude, "
+        "which needs no text.",
+    )
 
-    calibration: str | None = essential(None)
-    """Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train."""
+    calibration: str | None = essential(
+        None,
+        help="Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train.",
+    )
 
-    num_sequences: int | None = number(None, at_least=1, needs=_TEXT)
-    """Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest layer if that is
-    more), at most 128."""
+    num_sequences: int | None = number(
+        None,
+        at_least=1,
+        needs=_TEXT,
+        help="Calibration sequences. The default is enough for 32,768 tokens (16 for each input of the widest "
+        "layer if that is more), at most 128.",
+    )
 
-    seq_len: int = essential(0, at_least=0, needs=_TEXT)
-    """Tokens per calibration sequence. 0 is the model's context length, at most 2,048."""
+    seq_len: int = essential(
+        0,
+        at_least=0,
+        needs=_TEXT,
+        help="Tokens per calibration sequence. 0 is the model's context length, at most 2,048.",
+    )
 
-    seed: int = option(0, needs=_TEXT)
-    """Seed for drawing calibration sequences."""
+    seed: int = option(
+        0,
+        needs=_TEXT,
+        help="Seed for drawing calibration sequences.",
+    )
 
-    refit: bool = option(True, needs=_TEXT)
-    """Solve for the kept weights of the output layers by least squares, so that they compensate for the units that are
-    removed."""
+    refit: bool = option(
+        True,
+        needs=_TEXT,
+        help="Solve for the kept weights of the output layers by least squares, so that they compensate for the "
+        "units that are removed.",
+    )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
 
-    precision: Literal["auto", "fp32", "bf16"] = option("auto", needs=_TEXT)
-    """Compute type of the passes over the calibration text. auto: bf16 if the hardware multiplies it faster and the
-    model is not tiny."""
+    precision: Literal["auto", "fp32", "bf16"] = option(
+        "auto",
+        needs=_TEXT,
+        help="Compute type of the passes over the calibration text. auto: bf16 if the hardware multiplies it "
+        "faster and the model is not tiny.",
+    )
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
 
-    overwrite: bool = essential(False)
-    """Replace an earlier result in output_dir."""
+    overwrite: bool = essential(
+        False,
+        help="Replace an earlier result in output_dir.",
+    )
 
     revision: str | None = like(ModelOptions, "revision")
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 from castlm.api.evaluate import EvaluateOptions, check, run_evaluation
 from castlm.cli.options import check_json_path, to_stdout, write_json
-from castlm.fields import COMMAND_LINE
+from castlm.fields import COMMAND_LINE, option
 
 
 @dataclass(frozen=True)
 class EvalCommand(EvaluateOptions):
     """Measure the perplexity of a model on a text, its zero-shot accuracy on tasks of lm-eval, and its answers."""
 
-    json: str | None = None
-    """File for the figures as JSON; "-" prints them."""
+    json: str | None = option(
+        None,
+        help='File for the figures as JSON; "-" prints them.',
+    )
 
     def run(self) -> int:
         check(self, COMMAND_LINE)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from castlm.cli.engine import engine_folder, has_gpu
 from castlm.cli.options import use_threads
-from castlm.fields import like, number, positional
+from castlm.fields import like, number, option, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions
 from castlm_runtime.machine import check_threads
@@ -21,32 +21,52 @@ if TYPE_CHECKING:
 class GenerateCommand:
     """Continue a prompt, or answer it if the model has a chat template, and print the text as it comes."""
 
-    path: str = positional()
-    """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
+    path: str = positional(
+        help='Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo".',
+    )
 
-    prompt: str = field(kw_only=True)
-    """Text to continue or to answer."""
+    prompt: str = option(
+        help="Text to continue or to answer.",
+    )
 
-    image: tuple[str, ...] = field(default=(), kw_only=True)
-    """Images that the prompt is about, for a vision-language model."""
+    image: tuple[str, ...] = option(
+        (),
+        help="Images that the prompt is about, for a vision-language model.",
+    )
 
-    max_new_tokens: int = number(128, at_least=1)
-    """Maximum number of new tokens."""
+    max_new_tokens: int = number(
+        128,
+        at_least=1,
+        help="Maximum number of new tokens.",
+    )
 
-    temperature: float = number(0.0, at_least=0)
-    """0, or less than 1e-6, always takes the most probable token; above, tokens are sampled."""
+    temperature: float = number(
+        0.0,
+        at_least=0,
+        help="0, or less than 1e-6, always takes the most probable token; above, tokens are sampled.",
+    )
 
-    seed: int = 0
-    """Seed of the samples."""
+    seed: int = option(
+        0,
+        help="Seed of the samples.",
+    )
 
-    document_limit: float = number(1.0, above=0)
-    """Factor on the limit of 64 million pixels for an image."""
+    document_limit: float = number(
+        1.0,
+        above=0,
+        help="Factor on the limit of 64 million pixels for an image.",
+    )
 
-    raw: bool = False
-    """Continue the prompt as it is, without a chat template."""
+    raw: bool = option(
+        False,
+        help="Continue the prompt as it is, without a chat template.",
+    )
 
-    threads: int = number(0, at_least=0)
-    """Processor threads; 0 takes the physical cores that the process may use."""
+    threads: int = number(
+        0,
+        at_least=0,
+        help="Processor threads; 0 takes the physical cores that the process may use.",
+    )
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 

@@ -27,7 +27,6 @@ from castlm.fields import (
     build,
     choices_of,
     default_of,
-    docs_of,
     hints_of,
     is_required,
     unknown,
@@ -201,7 +200,7 @@ def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
         value = default_of(field)
         shown = " ".join(map(_plain, value)) if isinstance(value, tuple) else _plain(value)
         default = "" if value is None or value == () or hint is bool else f"(default: {shown})"
-    text = f"{docs_of(kind).get(field.name, '')} {default}".strip()
+    text = f"{field.metadata.get('help', '')} {default}".strip()
     if hint is bool and default_of(field):
         text = f"Turn this off: {text[:1].lower()}{text[1:]}"
     wrapped = _wrap(text, _width() - _INDENT)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 import shlex
 from dataclasses import dataclass
 
 from castlm.api.pack import PackOptions, run_pack, run_unpack
 from castlm.cli.options import to_stdout
-from castlm.fields import positional
+from castlm.fields import option, positional
 
 
 @dataclass
@@ -33,14 +32,18 @@ class PackCommand(PackOptions):
 class UnpackCommand:
     """Write a packed model or a GGUF file as a plain Hugging Face folder, which loads without castlm."""
 
-    path: str = positional()
-    """Folder that `castlm pack` wrote, GGUF file, or "demo"."""
+    path: str = positional(
+        help='Folder that `castlm pack` wrote, GGUF file, or "demo".',
+    )
 
-    output_dir: str = dataclasses.field(kw_only=True)
-    """Folder for the plain model."""
+    output_dir: str = option(
+        help="Folder for the plain model.",
+    )
 
-    overwrite: bool = False
-    """Replace an earlier result in output_dir."""
+    overwrite: bool = option(
+        False,
+        help="Replace an earlier result in output_dir.",
+    )
 
     def run(self) -> int:
         count = run_unpack(self.path, self.output_dir, self.overwrite)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
-from castlm.fields import choice, essential, number, positional
+from castlm.fields import choice, essential, number, option, positional
 from castlm.names import aligned, duration
 from castlm.oneshot.methods import methods_of, trained_from
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
@@ -87,31 +87,49 @@ class MemoryOptions:
     `castlm prune`; its --method is --init-from here. With --quantize, predict `castlm quantize`.
     """
 
-    world_size: int = essential(1, at_least=1)
-    """Ranks that shard the run."""
+    world_size: int = essential(
+        1,
+        at_least=1,
+        help="Ranks that shard the run.",
+    )
 
-    gpu: float | str | None = essential(None, above=0)
-    """GPU that the run should fit on: h100, a100, ..., or a number of GiB."""
+    gpu: float | str | None = essential(
+        None,
+        above=0,
+        help="GPU that the run should fit on: h100, a100, ..., or a number of GiB.",
+    )
 
-    link: float = number(300.0, above=0)
-    """GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU is named.
-    About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots and moments on the
-    host."""
+    link: float = number(
+        300.0,
+        above=0,
+        help="GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU "
+        "is named. About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots and "
+        "moments on the host.",
+    )
 
-    prune: bool = essential(False)
-    """Predict `castlm prune` on a CPU instead of a training run."""
+    prune: bool = essential(
+        False,
+        help="Predict `castlm prune` on a CPU instead of a training run.",
+    )
 
-    quantize: str | None = choice(None, rounded_formats, essential=True)
-    """Predict `castlm quantize` to this format on a CPU instead of a training run, with a calibration text for int4 and
-    int3."""
+    quantize: str | None = choice(
+        None,
+        rounded_formats,
+        essential=True,
+        help="Predict `castlm quantize` to this format on a CPU instead of a training run, with a calibration text "
+        "for int4 and int3.",
+    )
 
-    packed: bool = essential(False)
-    """With --quantize: the result is packed."""
+    packed: bool = essential(
+        False,
+        help="With --quantize: the result is packed.",
+    )
 
-    memory: Literal["model", "block"] = essential("block")
-    """With --prune and --quantize: keep the whole model in memory, or one transformer block. Structured patterns,
-    experts and images need the whole model.
-    """
+    memory: Literal["model", "block"] = essential(
+        "block",
+        help="With --prune and --quantize: keep the whole model in memory, or one transformer block. Structured "
+        "patterns, experts and images need the whole model.",
+    )
 
 
 def memory(arguments: list[str]) -> int:
@@ -218,17 +236,24 @@ def memory(arguments: list[str]) -> int:
 class FitCommand:
     """Fit a scaling law to finished runs: loss(D) = L_inf + B * D^-beta, in nats per token, for D training tokens."""
 
-    runs: tuple[str, ...] = positional()
-    """Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,seed][,method]."""
+    runs: tuple[str, ...] = positional(
+        help="Run folders, folders of runs, compare results (.json), or CSVs: tokens,perplexity[,seed][,method].",
+    )
 
-    method: str | None = None
-    """Use only the runs of this method."""
+    method: str | None = option(
+        None,
+        help="Use only the runs of this method.",
+    )
 
-    json: str | None = None
-    """File for the law, for `castlm plan predict`; "-" prints it."""
+    json: str | None = option(
+        None,
+        help='File for the law, for `castlm plan predict`; "-" prints it.',
+    )
 
-    plot: str | None = None
-    """File for a plot of the fit and its residuals (.pdf, .png or .svg)."""
+    plot: str | None = option(
+        None,
+        help="File for a plot of the fit and its residuals (.pdf, .png or .svg).",
+    )
 
     def run(self) -> int:
         from castlm.lab.planning.fit import fit_law
@@ -258,24 +283,40 @@ class FitCommand:
 class PredictCommand:
     """Predict the perplexity of a token budget, or the tokens that a perplexity needs, from a scaling law."""
 
-    runs: tuple[str, ...] = positional()
-    """A law from `castlm plan fit --json`, or the runs to fit one to: folders of runs, or of `castlm compare`, or CSVs.
-    """
+    runs: tuple[str, ...] = positional(
+        help="A law from `castlm plan fit --json`, or the runs to fit one to: folders of runs, or of `castlm "
+        "compare`, or CSVs.",
+    )
 
-    method: str | None = None
-    """Use only the runs of this method."""
+    method: str | None = option(
+        None,
+        help="Use only the runs of this method.",
+    )
 
-    tokens: float | None = number(None, above=0, below=1e30)
-    """Training tokens to predict the perplexity for."""
+    tokens: float | None = number(
+        None,
+        above=0,
+        below=1e30,
+        help="Training tokens to predict the perplexity for.",
+    )
 
-    target_ppl: float | None = number(None, above=1, below=1e30)
-    """Perplexity to find the training tokens for."""
+    target_ppl: float | None = number(
+        None,
+        above=1,
+        below=1e30,
+        help="Perplexity to find the training tokens for.",
+    )
 
-    tokens_per_s: float | None = number(None, above=0)
-    """Measured throughput of one GPU or CPU; adds the hours of training."""
+    tokens_per_s: float | None = number(
+        None,
+        above=0,
+        help="Measured throughput of one GPU or CPU; adds the hours of training.",
+    )
 
-    force: bool = False
-    """Predict more than 10 times beyond the largest run of the law, too."""
+    force: bool = option(
+        False,
+        help="Predict more than 10 times beyond the largest run of the law, too.",
+    )
 
     def run(self) -> int:
         from castlm.lab.planning.fit import fit_law

@@ -10,7 +10,7 @@ from typing import Literal
 
 from castlm.cli.options import to_stdout
 from castlm.core.errors import InputError
-from castlm.fields import positional
+from castlm.fields import option, positional
 from castlm.progress import note
 
 
@@ -18,14 +18,19 @@ from castlm.progress import note
 class ReportCommand:
     """Write report.html into the folder of a run: verdict, charts, sample text and settings."""
 
-    run_folder: str = positional()
-    """Output folder of `castlm train`."""
+    run_folder: str = positional(
+        help="Output folder of `castlm train`.",
+    )
 
-    sample: Literal["auto", "yes", "no"] = "auto"
-    """Include text by the dense and the sparse model. auto: for models up to a billion parameters."""
+    sample: Literal["auto", "yes", "no"] = option(
+        "auto",
+        help="Include text by the dense and the sparse model. auto: for models up to a billion parameters.",
+    )
 
-    watch: bool = False
-    """Rewrite the page every few seconds until the run ends; an open browser tab reloads it."""
+    watch: bool = option(
+        False,
+        help="Rewrite the page every few seconds until the run ends; an open browser tab reloads it.",
+    )
 
     def run(self) -> int:
         from castlm.lab.report.run_page import REFRESH_SECONDS, read_run, write_run_page

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from castlm.cli.options import command_with, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import Needs, essential, free_on_resume, given, like, number, positional
+from castlm.fields import Needs, essential, free_on_resume, given, like, number, option, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig, names_of
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions
@@ -19,32 +19,56 @@ from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
 class SampleOptions:
     """Options of the text and of the sampling."""
 
-    path: str = positional(essential=True)
-    """Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"."""
+    path: str = positional(
+        essential=True,
+        help='Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo".',
+    )
 
-    output_file: str = essential(changes_result=False)
-    """File to write, .jsonl, with one document or conversation on a line."""
+    output_file: str = essential(
+        changes_result=False,
+        help="File to write, .jsonl, with one document or conversation on a line.",
+    )
 
-    num_tokens: int = essential(1_000_000, at_least=1, may_change=True)
-    """Number of tokens to write, not counting duplicates, which are dropped."""
+    num_tokens: int = essential(
+        1_000_000,
+        at_least=1,
+        may_change=True,
+        help="Number of tokens to write, not counting duplicates, which are dropped.",
+    )
 
-    chat: bool = essential(False)
-    """Write conversations, a user's turn and an answer, in the chat template instead of plain text."""
+    chat: bool = essential(
+        False,
+        help="Write conversations, a user's turn and an answer, in the chat template instead of plain text.",
+    )
 
-    prompts: str | None = essential(None)
-    """Texts to continue, or with --chat to answer: a .txt file with one per line, or any other text of castlm train."""
+    prompts: str | None = essential(
+        None,
+        help="Texts to continue, or with --chat to answer: a .txt file with one per line, or any other text of "
+        "castlm train.",
+    )
 
-    dedup_prefix: int = number(200, at_least=0)
-    """Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts."""
+    dedup_prefix: int = number(
+        200,
+        at_least=0,
+        help="Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts.",
+    )
 
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32."""
+    device: Literal["auto", "cpu", "cuda"] = option(
+        "auto",
+        help="auto uses CUDA if there is a GPU. A GPU computes in the model's dtype, a CPU in fp32.",
+    )
 
-    resume: bool = essential(False, changes_result=False)
-    """Continue an interrupted start with the same options; without one, start."""
+    resume: bool = essential(
+        False,
+        changes_result=False,
+        help="Continue an interrupted start with the same options; without one, start.",
+    )
 
-    overwrite: bool = essential(False, changes_result=False)
-    """Replace a file that castlm sample wrote."""
+    overwrite: bool = essential(
+        False,
+        changes_result=False,
+        help="Replace a file that castlm sample wrote.",
+    )
 
     revision: str | None = like(ModelOptions, "revision")
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")

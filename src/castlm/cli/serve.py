@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from castlm.cli.engine import engine_folder
 from castlm.cli.options import to_stdout
 from castlm.core.errors import InputError
-from castlm.fields import number, positional
+from castlm.fields import number, option, positional
 from castlm.packages import require
 from castlm_runtime.machine import check_threads
 
@@ -22,38 +22,64 @@ if TYPE_CHECKING:
 class ServeCommand:
     """Serve a model, plain or packed, over the OpenAI API: chat completions and completions, streamed or not."""
 
-    path: str = positional()
-    """Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo"."""
+    path: str = positional(
+        help='Folder, plain or packed, run of `castlm train`, hub id, GGUF file, or "demo".',
+    )
 
-    served_model_name: str | None = None
-    """Name of the model in requests. The default is the last part of the folder, or the hub id."""
+    served_model_name: str | None = option(
+        None,
+        help="Name of the model in requests. The default is the last part of the folder, or the hub id.",
+    )
 
-    host: str = "localhost"
-    """Address to listen on."""
+    host: str = option(
+        "localhost",
+        help="Address to listen on.",
+    )
 
-    port: int = number(8000, at_least=1, at_most=65535)
-    """Port to listen on."""
+    port: int = number(
+        8000,
+        at_least=1,
+        at_most=65535,
+        help="Port to listen on.",
+    )
 
-    allowed_hosts: tuple[str, ...] = field(default=(), kw_only=True)
-    """Names of this server in requests, beside host, localhost and addresses; "*" allows any, and so every web page."""
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        help='Names of this server in requests, beside host, localhost and addresses; "*" allows any, and so every '
+        "web page.",
+    )
 
-    threads: int = number(0, at_least=0)
-    """Processor threads; 0 takes the physical cores that the process may use."""
+    threads: int = number(
+        0,
+        at_least=0,
+        help="Processor threads; 0 takes the physical cores that the process may use.",
+    )
 
-    cache: Literal["bf16", "int8", "fp32"] = "bf16"
-    """What the cache keeps of keys and values: int8 takes half of the memory of bf16, fp32 twice as much."""
+    cache: Literal["bf16", "int8", "fp32"] = option(
+        "bf16",
+        help="What the cache keeps of keys and values: int8 takes half of the memory of bf16, fp32 twice as much.",
+    )
 
-    context: int = number(0, at_least=0)
-    """Most tokens of a request; 0 takes the model's context, or less where memory is short."""
+    context: int = number(
+        0,
+        at_least=0,
+        help="Most tokens of a request; 0 takes the model's context, or less where memory is short.",
+    )
 
-    prefix_cache: bool = True
-    """Share keys and values among requests that begin alike, such as the turns of a conversation."""
+    prefix_cache: bool = option(
+        True,
+        help="Share keys and values among requests that begin alike, such as the turns of a conversation.",
+    )
 
-    api_key: str | None = None
-    """Key that requests must have. The environment variable CASTLM_API_KEY sets it unseen by other users."""
+    api_key: str | None = option(
+        None,
+        help="Key that requests must have. The environment variable CASTLM_API_KEY sets it unseen by other users.",
+    )
 
-    access_log: bool = False
-    """Print a line for each request: time, address, method, path, status and seconds."""
+    access_log: bool = option(
+        False,
+        help="Print a line for each request: time, address, method, path, status and seconds.",
+    )
 
     def run(self) -> int:
         from castlm_runtime.server.run import check_port, default_name, serve

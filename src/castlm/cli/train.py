@@ -12,7 +12,7 @@ from typing import Any
 from castlm.api.train import FOREIGN, RecipeOptions, of_recorded_pattern
 from castlm.cli.options import read_arguments
 from castlm.core.errors import InputError
-from castlm.fields import COMMAND_LINE, build, essential, label
+from castlm.fields import COMMAND_LINE, build, essential, label, option
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.training.config import FinetuneConfig, TrainConfig, names_of
 
@@ -24,8 +24,11 @@ _LARGE_CHECKPOINTS = 2**28
 class FileOptions:
     """Files of options."""
 
-    config: tuple[str, ...] = essential((), append=True)
-    """YAML file of options, overridden by the command line. Later files override earlier ones."""
+    config: tuple[str, ...] = essential(
+        (),
+        append=True,
+        help="YAML file of options, overridden by the command line. Later files override earlier ones.",
+    )
 
 
 @dataclass
@@ -37,8 +40,10 @@ class RecipeAndFileOptions(RecipeOptions, FileOptions):
 class PageOptions:
     """The page that `castlm train` writes when the run is finished."""
 
-    report: bool = True
-    """Write report.html, a page with charts and a sample text, into output_dir when the run is finished."""
+    report: bool = option(
+        True,
+        help="Write report.html, a page with charts and a sample text, into output_dir when the run is finished.",
+    )
 
 
 def parse_train(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from castlm.cli.options import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
 from castlm.export.verify_report import ALLOW_DENSE
-from castlm.fields import like, number, parsed, positional
+from castlm.fields import like, number, option, parsed, positional
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 from castlm_runtime.reading import user_path
@@ -19,20 +19,30 @@ class VerifyCommand:
     1. The first line of the answer is the share of the pattern in all weights that the transformer blocks multiply by.
     """
 
-    path: str = positional()
-    """Folder in Hugging Face format, or run of `castlm train`."""
+    path: str = positional(
+        help="Folder in Hugging Face format, or run of `castlm train`.",
+    )
 
-    pattern: Pattern | None = parsed(None, parse_pattern)
-    """n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's castlm.json,
-    or 2:4 without one."""
+    pattern: Pattern | None = parsed(
+        None,
+        parse_pattern,
+        help="n:m, at most n non-zeros in every m along the input axis. The default is the pattern in the folder's "
+        "castlm.json, or 2:4 without one.",
+    )
 
-    allow_dense: float = number(ALLOW_DENSE, at_least=0, at_most=1)
-    """The largest share of the weights by which the transformer blocks multiply that may lack the pattern."""
+    allow_dense: float = number(
+        ALLOW_DENSE,
+        at_least=0,
+        at_most=1,
+        help="The largest share of the weights by which the transformer blocks multiply that may lack the pattern.",
+    )
 
     trust_remote_code: bool = like(ModelOptions, "trust_remote_code")
 
-    json: str | None = None
-    """File for the report as JSON; "-" prints it instead of the table."""
+    json: str | None = option(
+        None,
+        help='File for the report as JSON; "-" prints it instead of the table.',
+    )
 
     def run(self) -> int:
         from castlm.export.folder import pattern_of_files

@@ -18,19 +18,28 @@ TEMPLATE = CONVERSATIONS._replace(words=f"{CONVERSATIONS.words}; the template is
 class TextOptions(Bounded):
     """Options of reading and rendering documents."""
 
-    column: str | None = option(None, needs=TEXT)
-    """Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, prompt with
-    completion, text. Images of messages are in the column images or image."""
+    column: str | None = option(
+        None,
+        needs=TEXT,
+        help="Column of .jsonl and .parquet with the text or the messages. The default is the first of: messages, "
+        "prompt with completion, text. Images of messages are in the column images or image.",
+    )
 
-    chat_template_path: str | None = option(None, needs=(TEXT, TEMPLATE))
-    """File with a Jinja chat template to use, and to save with a result, in place of the tokenizer's own."""
+    chat_template_path: str | None = option(
+        None,
+        needs=(TEXT, TEMPLATE),
+        help="File with a Jinja chat template to use, and to save with a result, in place of the tokenizer's own.",
+    )
 
     document_limit: float = number(
-        1.0, above=0, needs=TEXT, may_change=True
+        1.0,
+        above=0,
+        needs=TEXT,
+        may_change=True,
+        help="Factor on the limits of one document, to raise for data that you trust: 64 MiB for a line of .jsonl, "
+        "16 Mi characters of text, 512 messages, 512 MiB of memory to render them, 1 GiB of memory and 10 seconds "
+        "to decode an image, and 256 million pixels for all images.",
     )  # a run that met a larger document continues
-    """Factor on the limits of one document, to raise for data that you trust: 64 MiB for a line of .jsonl, 16 Mi
-    characters of text, 512 messages, 512 MiB of memory to render them, 1 GiB of memory and 10 seconds to decode an
-    image, and 256 million pixels for all images."""
 
     @property
     def reads_text(self) -> bool:
@@ -60,9 +69,12 @@ DEFAULTS = TextOptions()
 class ScoredTextOptions(TextOptions):
     """Options of reading documents for a loss or a perplexity."""
 
-    assistant_only_loss: bool = option(True, needs=(TEXT, CONVERSATIONS))
-    """In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the completion of a
-    prompt. Plain text counts in full."""
+    assistant_only_loss: bool = option(
+        True,
+        needs=(TEXT, CONVERSATIONS),
+        help="In the loss and the perplexity, count only the assistant's tokens of a conversation, and only the "
+        "completion of a prompt. Plain text counts in full.",
+    )
 
     @property
     def assistant_only(self) -> bool:
@@ -73,18 +85,34 @@ class ScoredTextOptions(TextOptions):
 class SamplingOptions(Bounded):
     """Options of drawing a batch of texts, as `castlm sample` does."""
 
-    max_new_tokens: int | None = number(None, at_least=1)
-    """Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped. The default is 256, or
-    as many as the model's context leaves beside the longest prompt."""
+    max_new_tokens: int | None = number(
+        None,
+        at_least=1,
+        help="Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped. The "
+        "default is 256, or as many as the model's context leaves beside the longest prompt.",
+    )
 
-    temperature: float = number(1.0, at_least=1e-6)
-    """Sampling temperature: above 1, rare tokens become more likely; below 1, less likely."""
+    temperature: float = number(
+        1.0,
+        at_least=1e-6,
+        help="Sampling temperature: above 1, rare tokens become more likely; below 1, less likely.",
+    )
 
-    top_p: float = number(1.0, above=0, at_most=1)
-    """Sample from the most probable tokens that together have this probability. 1 samples from all tokens."""
+    top_p: float = number(
+        1.0,
+        above=0,
+        at_most=1,
+        help="Sample from the most probable tokens that together have this probability. 1 samples from all tokens.",
+    )
 
-    batch_size: int = number(16, at_least=1)
-    """Number of texts that are sampled together."""
+    batch_size: int = number(
+        16,
+        at_least=1,
+        help="Number of texts that are sampled together.",
+    )
 
-    seed: int = number(0, at_least=0)
-    """Seed of the samples, and of the order of the sequences in teacher_cache."""
+    seed: int = number(
+        0,
+        at_least=0,
+        help="Seed of the samples, and of the order of the sequences in teacher_cache.",
+    )

@@ -41,11 +41,18 @@ def of_methods(option: str) -> Needs:
 class MethodOptions(Bounded):
     """The method by which the model becomes sparse."""
 
-    method: str = choice("cast", METHODS)
-    """Training method: CAST, one of its rivals, or the dense control."""
+    method: str = choice(
+        "cast",
+        METHODS,
+        help="Training method: CAST, one of its rivals, or the dense control.",
+    )
 
-    decay: str = choice("horizon", DECAYS, needs=of_methods("decay"))
-    """Rule by which CAST decays masked weights to zero; see AdamS."""
+    decay: str = choice(
+        "horizon",
+        DECAYS,
+        needs=of_methods("decay"),
+        help="Rule by which CAST decays masked weights to zero; see AdamS.",
+    )
 
     decay_end: float | None = number(
         None,
@@ -55,19 +62,19 @@ class MethodOptions(Bounded):
             of_methods("decay_end"),
             Needs("a decay that ends before the run", lambda run: run.reads_decay_end),
         ),
+        help='Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. '
+        "The default is 0.3 for n:m from a given mask, else 0.1.",
     )
-    """Fraction of max_steps after which "horizon" has every masked weight at zero and the mask is final. The default is
-    0.3 for n:m from a given mask, else 0.1."""
 
     lam: float | Literal["auto"] | None = number(
         None,
         at_least=0,
         needs=(of_methods("lam"), Needs("a decay that uses lam", lambda run: run.reads_lam)),
+        help='Decay coefficient. Of "proportional" and "additive" it is about the size of the gradient: by default '
+        "4e-7, and auto measures the momentum first. In the methods srste and ast the gradient of a masked weight "
+        "gains lam times the weight (ast: AST's equation under plain Adam, not its authors' optimizer): by default "
+        "0.005; our tables use 0.05 for stories260K.",
     )
-    """Decay coefficient. Of "proportional" and "additive" it is about the size of the gradient: by default 4e-7, and
-    auto measures the momentum first. In the methods srste and ast the gradient of a masked weight gains lam times the
-    weight (ast: AST's equation under plain Adam, not its authors' optimizer): by default 0.005; our tables use 0.05 for
-    stories260K."""
 
     mask_interval: int = number(
         10,
@@ -81,23 +88,29 @@ class MethodOptions(Bounded):
                 ),
             ),
         ),
+        help="Steps between mask refreshes (T1). With a given n:m mask, masked weights start at zero, and a "
+        "refresh keeps one again if it has grown larger than a kept weight of its group.",
     )
-    """Steps between mask refreshes (T1). With a given n:m mask, masked weights start at zero, and a refresh keeps one
-    again if it has grown larger than a kept weight of its group."""
 
-    scale_groups: int = number(2, at_least=0, needs=of_methods("scale_groups"))
-    """Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off."""
+    scale_groups: int = number(
+        2,
+        at_least=0,
+        needs=of_methods("scale_groups"),
+        help="Learnable scale factors per weight row, folded into the weights at the end. 0 turns weight scaling off.",
+    )
 
-    weight_bits: Literal[4, 3] | None = None
-    """4 or 3 trains weights of so many bits, with a trained scale for each 64 columns of a row; castlm pack stores them
-    as int4 or int3. By default, weights are not rounded."""
+    weight_bits: Literal[4, 3] | None = option(
+        None,
+        help="4 or 3 trains weights of so many bits, with a trained scale for each 64 columns of a row; castlm "
+        "pack stores them as int4 or int3. By default, weights are not rounded.",
+    )
 
     ignore_decay_budget: bool = option(
         False,
         needs=Needs("a decay", lambda run: run.row.decays and DECAYS[run.decay].reduces),
         changes_result=False,
+        help="Run even if the decay budget says that masked weights cannot reach zero.",
     )
-    """Run even if the decay budget says that masked weights cannot reach zero."""
 
     @property
     def row(self) -> Method:
@@ -141,78 +154,129 @@ class MethodOptions(Bounded):
 class AdapterOptions(Bounded):
     """The part of a sparse model that is trained."""
 
-    adapter: Literal["none", "shira"] = essential("none", needs=of_methods("adapter"))
-    """Trained part of the model. none: all weights that are not zero. shira: a PEFT adapter that keeps every zero when
-    it is merged; it is also saved in `output_dir/adapter`."""
+    adapter: Literal["none", "shira"] = essential(
+        "none",
+        needs=of_methods("adapter"),
+        help="Trained part of the model. none: all weights that are not zero. shira: a PEFT adapter that keeps "
+        "every zero when it is merged; it is also saved in `output_dir/adapter`.",
+    )
 
     lora_r: int = number(
-        16, at_least=1, needs=(of_methods("lora_r"), Needs("adapter shira", lambda run: run.adapter != "none"))
+        16,
+        at_least=1,
+        needs=(of_methods("lora_r"), Needs("adapter shira", lambda run: run.adapter != "none")),
+        help="Size of the adapter: as many trained weights as LoRA of this rank has.",
     )
-    """Size of the adapter: as many trained weights as LoRA of this rank has."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerOptions(Bounded):
     """Optimizer, schedule and batch."""
 
-    max_steps: int = essential(300, at_least=1, at_most=10**9)
-    """Optimizer steps, the horizon T of the method. It cannot change on resume."""
+    max_steps: int = essential(
+        300,
+        at_least=1,
+        at_most=10**9,
+        help="Optimizer steps, the horizon T of the method. It cannot change on resume.",
+    )
 
-    num_train_epochs: float | None = number(None, above=0, at_most=1000)
-    """Passes over the training documents, instead of max_steps, which is then computed before the run."""
+    num_train_epochs: float | None = number(
+        None,
+        above=0,
+        at_most=1000,
+        help="Passes over the training documents, instead of max_steps, which is then computed before the run.",
+    )
 
-    learning_rate: float | None = essential(None, above=0)
-    """Peak learning rate. The default follows the number of weights of the model, see `default_learning_rate`: 3e-3 up
-    to 4M, 3e-4 at 135M, 1.3e-4 at 0.5B and 2.2e-5 at 7B."""
+    learning_rate: float | None = essential(
+        None,
+        above=0,
+        help="Peak learning rate. The default follows the number of weights of the model, see "
+        "`default_learning_rate`: 3e-3 up to 4M, 3e-4 at 135M, 1.3e-4 at 0.5B and 2.2e-5 at 7B.",
+    )
 
-    per_device_train_batch_size: int = essential(8, at_least=1, may_change=True)  # the global batch may not
-    """Sequences per device and micro-step."""
+    per_device_train_batch_size: int = essential(
+        8,
+        at_least=1,
+        may_change=True,
+        help="Sequences per device and micro-step.",
+    )  # the global batch may not
 
-    gradient_accumulation_steps: int = number(1, at_least=1, may_change=True)
-    """Micro-steps per optimizer step."""
+    gradient_accumulation_steps: int = number(
+        1,
+        at_least=1,
+        may_change=True,
+        help="Micro-steps per optimizer step.",
+    )
 
-    lr_scheduler_type: str = choice("cosine", SCHEDULES)
-    """Learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or warmup_stable_decay, which
-    is constant until the last fifth of the run and then falls linearly."""
+    lr_scheduler_type: str = choice(
+        "cosine",
+        SCHEDULES,
+        help="Learning rate after the warm-up: cosine or linear down to min_lr_ratio, constant, or "
+        "warmup_stable_decay, which is constant until the last fifth of the run and then falls linearly.",
+    )
 
-    warmup_ratio: float = number(0.05, at_least=0, below=1)
-    """Fraction of max_steps in which the learning rate rises linearly from 0."""
+    warmup_ratio: float = number(
+        0.05,
+        at_least=0,
+        below=1,
+        help="Fraction of max_steps in which the learning rate rises linearly from 0.",
+    )
 
     min_lr_ratio: float = number(
         0.1,
         at_least=0,
         at_most=1,
         needs=Needs("a learning rate that falls", lambda run: run.lr_scheduler_type != "constant"),
+        help="The learning rate ends at this fraction of its peak.",
     )
-    """The learning rate ends at this fraction of its peak."""
 
-    weight_decay: float = number(0.0, at_least=0)
-    """Decoupled weight decay, as in AdamW, of embeddings, head and layers left dense; in the dense control, of all
-    weight matrices. Norms, biases, scale factors and sparse weights are not decayed."""
+    weight_decay: float = number(
+        0.0,
+        at_least=0,
+        help="Decoupled weight decay, as in AdamW, of embeddings, head and layers left dense; in the dense "
+        "control, of all weight matrices. Norms, biases, scale factors and sparse weights are not decayed.",
+    )
 
-    adam_betas: tuple[float, float] = number((0.5, 0.99), at_least=0, below=1)
-    """Decay rates of Adam's moments."""
+    adam_betas: tuple[float, float] = number(
+        (0.5, 0.99),
+        at_least=0,
+        below=1,
+        help="Decay rates of Adam's moments.",
+    )
 
-    max_grad_norm: float = number(1.0, at_least=0)
-    """Gradient norm above which gradients are scaled down. 0 turns clipping off."""
+    max_grad_norm: float = number(
+        1.0,
+        at_least=0,
+        help="Gradient norm above which gradients are scaled down. 0 turns clipping off.",
+    )
 
-    second_moment: Literal["gradient", "mix"] | None = option(None, needs=of_methods("second_moment"))
-    """Second moment of AdamS: averaged squares of the gradient, as in Adam, or of the paper's mix. The default is
-    gradient wherever the decay allows it."""
+    second_moment: Literal["gradient", "mix"] | None = option(
+        None,
+        needs=of_methods("second_moment"),
+        help="Second moment of AdamS: averaged squares of the gradient, as in Adam, or of the paper's mix. The "
+        "default is gradient wherever the decay allows it.",
+    )
 
-    moments: Literal["fp32", "8bit"] = "fp32"
-    """Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight."""
+    moments: Literal["fp32", "8bit"] = option(
+        "fp32",
+        help="Storage of Adam's moments. 8bit stores each moment in one byte: about 6 bytes less per weight.",
+    )
 
-    step_in_backward: bool = option(False, may_change=True)
-    """Update each transformer block as soon as the backward pass has its gradients, and drop these: some 4 bytes less
-    per weight, with the same bits on a CPU. For one rank and gradient_accumulation_steps 1. With max_grad_norm above 0,
-    each step runs its passes twice, first for the norm of all gradients."""
+    step_in_backward: bool = option(
+        False,
+        may_change=True,
+        help="Update each transformer block as soon as the backward pass has its gradients, and drop these: some 4 "
+        "bytes less per weight, with the same bits on a CPU. For one rank and gradient_accumulation_steps 1. With "
+        "max_grad_norm above 0, each step runs its passes twice, first for the norm of all gradients.",
+    )
 
     moments_on_host: bool = option(
-        False, needs=Needs("step_in_backward", lambda run: run.step_in_backward), changes_result=False
+        False,
+        needs=Needs("step_in_backward", lambda run: run.step_in_backward),
+        changes_result=False,
+        help="Keep Adam's moments in the memory of the host, and copy those of a block to the GPU while it is "
+        "stepped. For a GPU.",
     )
-    """Keep Adam's moments in the memory of the host, and copy those of a block to the GPU while it is stepped. For a
-    GPU."""
 
     def __post_init__(self) -> None:
         super().__post_init__()

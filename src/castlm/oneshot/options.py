@@ -78,23 +78,34 @@ def with_effort(values: Mapping[str, Any]) -> dict[str, Any]:
 class EffortOptions:
     """The effort of a start, which sets the options of its solver."""
 
-    start_effort: str = choice("best", EFFORTS, essential=True, needs=CALIBRATED)
-    """Effort of the one-shot start. quick takes a fifth of the time, for demonstrations: it reads a quarter of the
-    calibration text, once for each transformer block, and refits kept weights in place of ADMM. SmolLM2-135M has 11 to
-    15 % more perplexity with it after 100 steps. published is the solver as its authors describe it: no change of
-    basis, no refinements."""
+    start_effort: str = choice(
+        "best",
+        EFFORTS,
+        essential=True,
+        needs=CALIBRATED,
+        help="Effort of the one-shot start. quick takes a fifth of the time, for demonstrations: it reads a "
+        "quarter of the calibration text, once for each transformer block, and refits kept weights in place of "
+        "ADMM. SmolLM2-135M has 11 to 15 % more perplexity with it after 100 steps. published is the solver as its "
+        "authors describe it: no change of basis, no refinements.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class BasisOptions(Bounded):
     """Changes of basis before the dense model is pruned; its function stays the same."""
 
-    rotate: Literal["auto", "off", "values"] = option("auto", needs=TURNED._replace(off="off"))
-    """Rotations before wanda or sparsegpt. values: the values of each attention head. auto: values if the model's
-    family is known."""
+    rotate: Literal["auto", "off", "values"] = option(
+        "auto",
+        needs=TURNED._replace(off="off"),
+        help="Rotations before wanda or sparsegpt. values: the values of each attention head. auto: values if the "
+        "model's family is known.",
+    )
 
-    permute: bool = option(True, needs=TURNED._replace(off=False))
-    """Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated."""
+    permute: bool = option(
+        True,
+        needs=TURNED._replace(off=False),
+        help="Permute the MLP neurons before the prune, and the values of attention heads if they are not rotated.",
+    )
 
     @property
     def rotates_values(self) -> bool:
@@ -113,11 +124,14 @@ class Refinements(Bounded):
     """The damping of SparseGPT, and refinements beyond its published form."""
 
     mask_iterations: int = number(
-        16, at_least=0, at_most=10_000, needs=(CALIBRATED, _read("mask_iterations", _REFINED, off=0))
+        16,
+        at_least=0,
+        at_most=10_000,
+        needs=(CALIBRATED, _read("mask_iterations", _REFINED, off=0)),
+        help="ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each "
+        "costs two refit iterations, plus one eigendecomposition per layer; on a GPU, one refit iteration and one "
+        "inverse. 0 keeps SparseGPT's masks.",
     )
-    """ADMM iterations that choose better masks than SparseGPT, which decides from left to right. Each costs two refit
-    iterations, plus one eigendecomposition per layer; on a GPU, one refit iteration and one inverse. 0 keeps
-    SparseGPT's masks."""
 
     refit_iterations: int | None = number(
         None,
@@ -126,21 +140,26 @@ class Refinements(Bounded):
             CALIBRATED,
             _read("refit_iterations", "the solver sparsegpt", off=0),
         ),
+        help="Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The "
+        "default is 20, and 0 after mask_iterations, which leave the kept weights near their optimum.",
     )
-    """Conjugate gradient steps on the kept weights after the prune, without a pass over the text. The default is 20,
-    and 0 after mask_iterations, which leave the kept weights near their optimum."""
 
-    reconstruct_epochs: int = number(0, at_least=0, needs=(CALIBRATED, _read("reconstruct_epochs", _REFINED)))
-    """Epochs over the calibration text in which each transformer block learns the outputs of the dense block. They
-    stop early when the error on held-out sequences rises. An epoch costs as much as training on that text."""
+    reconstruct_epochs: int = number(
+        0,
+        at_least=0,
+        needs=(CALIBRATED, _read("reconstruct_epochs", _REFINED)),
+        help="Epochs over the calibration text in which each transformer block learns the outputs of the dense "
+        "block. They stop early when the error on held-out sequences rises. An epoch costs as much as training on "
+        "that text.",
+    )
 
     damping: float = number(
         0.01,
         at_least=0,
         at_most=1,
         needs=(CALIBRATED, _read("damping", _DAMPED)),
+        help="Add this fraction of the mean diagonal to the Hessian. The fewer calibration tokens, the more it needs.",
     )
-    """Add this fraction of the mean diagonal to the Hessian. The fewer calibration tokens, the more it needs."""
 
     @property
     def num_refits(self) -> int:

@@ -335,11 +335,17 @@ FULL_LEARNING_RATE, ADAPTER_LEARNING_RATE = 5e-5, 5e-4
 class SparseModelOptions(ModelOptions):
     """The sparse model that is fine-tuned."""
 
-    model: str = positional(essential=True)
-    """n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros become the mask."""
+    model: str = positional(
+        essential=True,
+        help="n:m sparse causal LM: a folder, plain or packed, or a hub id. Its zeros become the mask.",
+    )
 
-    pattern: Pattern = parsed(NM(2, 4), parse_pattern)
-    """Pattern of the model, which stays. On the command line, the default is the pattern in the model's castlm.json."""
+    pattern: Pattern = parsed(
+        NM(2, 4),
+        parse_pattern,
+        help="Pattern of the model, which stays. On the command line, the default is the pattern in the model's "
+        "castlm.json.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -353,20 +359,31 @@ class FixedMaskOptions(MethodOptions):
 class FinetuneTeacherOptions(TeacherOptions):
     """Distillation from the model before fine-tuning, or from another one."""
 
-    eta: float = number(0.0, at_least=0, at_most=1)
-    """Weight in the loss of the KL divergence to the teacher, by default the model before fine-tuning, 0 to 1. Above 0,
-    the model stays closer to it."""
+    eta: float = number(
+        0.0,
+        at_least=0,
+        at_most=1,
+        help="Weight in the loss of the KL divergence to the teacher, by default the model before fine-tuning, 0 "
+        "to 1. Above 0, the model stays closer to it.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneOptimizerOptions(OptimizerOptions):
     """Optimizer, schedule and batch of fine-tuning."""
 
-    learning_rate: float | None = essential(None, above=0)
-    """Peak learning rate. The default is 5e-5, and 5e-4 for adapters."""
+    learning_rate: float | None = essential(
+        None,
+        above=0,
+        help="Peak learning rate. The default is 5e-5, and 5e-4 for adapters.",
+    )
 
-    adam_betas: tuple[float, float] = number((0.9, 0.999), at_least=0, below=1)
-    """Decay rates of Adam's moments."""
+    adam_betas: tuple[float, float] = number(
+        (0.9, 0.999),
+        at_least=0,
+        below=1,
+        help="Decay rates of Adam's moments.",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,7 +15,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import TextOptions
 from castlm.facts import Facts
-from castlm.fields import build, checked, convert, essential, number
+from castlm.fields import build, checked, convert, essential, number, option
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
@@ -47,72 +47,104 @@ class CompareConfig:
     run failed; the table gives the reason, and lists runs that diverged or fell short.
     """
 
-    model: str = essential()
-    """Local Hugging Face folder, hub id, GGUF file, or "demo"."""
+    model: str = essential(
+        help='Local Hugging Face folder, hub id, GGUF file, or "demo".',
+    )
 
-    dataset: str = essential()
-    """Training text, as in `castlm train`, but only one."""
+    dataset: str = essential(
+        help="Training text, as in `castlm train`, but only one.",
+    )
 
-    eval_dataset: str = essential()
-    """Text for the perplexity, the same for all runs."""
+    eval_dataset: str = essential(
+        help="Text for the perplexity, the same for all runs.",
+    )
 
-    output_dir: str = essential()
-    """Folder for the runs and the result. The same command continues an earlier start there."""
+    output_dir: str = essential(
+        help="Folder for the runs and the result. The same command continues an earlier start there.",
+    )
 
-    config: str | None = essential(None)
-    """YAML file of `castlm train` options for all runs."""
+    config: str | None = essential(
+        None,
+        help="YAML file of `castlm train` options for all runs.",
+    )
 
-    seq_len: int | None = None
-    """Tokens per sequence, in training and evaluation."""
+    seq_len: int | None = option(
+        None,
+        help="Tokens per sequence, in training and evaluation.",
+    )
 
-    per_device_train_batch_size: int | None = None
-    """Sequences per device and micro-step."""
+    per_device_train_batch_size: int | None = option(
+        None,
+        help="Sequences per device and micro-step.",
+    )
 
-    eval_tokens: int | None = None
-    """Maximum number of tokens to evaluate on. 0 is all of them."""
+    eval_tokens: int | None = option(
+        None,
+        help="Maximum number of tokens to evaluate on. 0 is all of them.",
+    )
 
-    budget_tokens: int | None = essential(None)
-    """Training tokens of each run; with `--preset budgets`, of the largest runs."""
+    budget_tokens: int | None = essential(
+        None,
+        help="Training tokens of each run; with `--preset budgets`, of the largest runs.",
+    )
 
-    max_steps: int | None = essential(None, at_least=1)
-    """Optimizer steps of each run, instead of --budget-tokens. Variants with larger steps take fewer, so that all train
-    on the same number of tokens.
-    """
+    max_steps: int | None = essential(
+        None,
+        at_least=1,
+        help="Optimizer steps of each run, instead of --budget-tokens. Variants with larger steps take fewer, so "
+        "that all train on the same number of tokens.",
+    )
 
-    methods: str | None = essential(None)
-    """Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, wanda,
-    sparsegpt. The default is all of them, unless variants or a preset are given.
-    """
+    methods: str | None = essential(
+        None,
+        help="Methods, separated by commas: cast, finetune, ste, srste, ast, gradual_magnitude, dense, magnitude, "
+        "wanda, sparsegpt. The default is all of them, unless variants or a preset are given.",
+    )
 
-    published_starts: bool = False
-    """Start each method as in its paper, instead of all from the same weights. finetune then starts from SparseGPT as
-    published: without rotation, permutation, ADMM and least squares, unless config sets them.
-    """
+    published_starts: bool = option(
+        False,
+        help="Start each method as in its paper, instead of all from the same weights. finetune then starts from "
+        "SparseGPT as published: without rotation, permutation, ADMM and least squares, unless config sets them.",
+    )
 
-    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = essential(None)
-    """A prepared set of variants: one of the paper's ablations, or all methods at four budgets."""
+    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = essential(
+        None,
+        help="A prepared set of variants: one of the paper's ablations, or all methods at four budgets.",
+    )
 
-    variants: str | None = None
-    """YAML file that maps the name of each variant to its own options of `castlm train`. Without the option
-    `method`, its method is its name if that is a method, otherwise cast.
-    """
+    variants: str | None = option(
+        None,
+        help="YAML file that maps the name of each variant to its own options of `castlm train`. Without the "
+        "option `method`, its method is its name if that is a method, otherwise cast.",
+    )
 
-    seeds: int = essential(3, at_least=1)
-    """Number of runs of each variant, with seeds 0, 1, ..."""
+    seeds: int = essential(
+        3,
+        at_least=1,
+        help="Number of runs of each variant, with seeds 0, 1, ...",
+    )
 
-    learning_rates: str | None = essential(None)
-    """Learning rates to try, separated by commas. Each variant without its own rate tries them with seed 0 and uses the
-    best for the other seeds.
-    """
+    learning_rates: str | None = essential(
+        None,
+        help="Learning rates to try, separated by commas. Each variant without its own rate tries them with seed 0 "
+        "and uses the best for the other seeds.",
+    )
 
-    tuning_dataset: str | None = essential(None)
-    """Text whose perplexity selects the learning rate, so that `eval_dataset` plays no part in the choice."""
+    tuning_dataset: str | None = essential(
+        None,
+        help="Text whose perplexity selects the learning rate, so that `eval_dataset` plays no part in the choice.",
+    )
 
-    calibration: str | None = None
-    """Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text."""
+    calibration: str | None = option(
+        None,
+        help="Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text.",
+    )
 
-    num_sequences: int = number(128, at_least=1)
-    """Number of calibration sequences of one-shot methods."""
+    num_sequences: int = number(
+        128,
+        at_least=1,
+        help="Number of calibration sequences of one-shot methods.",
+    )
 
 
 EVALUATIONS = 4
