@@ -37,7 +37,7 @@ def state(value: float) -> dict[str, Tensor]:
 
 @pytest.fixture
 def checkpoint(tmp_path) -> Path:
-    saver = Saver(tmp_path, 2, ALONE, background=True, say=lambda text: None)
+    saver = Saver(tmp_path, ALONE, background=True, say=lambda text: None)
     for step in (1, 2, 3):
         saver.save(step, state(float(step)), {**MANIFEST, "figures": {"0": {"perplexity": float("inf")}}})
     saver.finish()
@@ -143,15 +143,16 @@ def test_a_damaged_file_or_a_link_is_named(damage, named, checkpoint):
 
 def test_rotation_leaves_what_a_user_put_into_a_checkpoint(checkpoint, tmp_path):
     (checkpoint / "notes.txt").write_text("mine")
-    saver = Saver(tmp_path, 1, ALONE, background=False, say=lambda text: None)
-    saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
-    assert list(checkpoint_steps(tmp_path)) == [4]
+    saver = Saver(tmp_path, ALONE, background=False, say=lambda text: None)
+    for step in (4, 5):
+        saver.save(step, state(4.0), {**MANIFEST, "figures": {}})
+    assert list(checkpoint_steps(tmp_path)) == [4, 5]
     assert [file.name for file in checkpoint.iterdir()] == ["notes.txt"]
 
 
 def test_without_memory_for_a_copy_a_checkpoint_is_written_at_once_and_reported(tmp_path, monkeypatch):
     said: list[str] = []
-    saver = Saver(tmp_path, 2, ALONE, background=True, say=said.append)
+    saver = Saver(tmp_path, ALONE, background=True, say=said.append)
     monkeypatch.setattr(module, "available_memory", lambda: 10.0)
     saver.save(3, state(1.0), {})
     assert read_manifest(tmp_path / "step-00000003")["step"] == 3  # without `finish`
@@ -164,7 +165,7 @@ def test_without_memory_for_a_copy_a_checkpoint_is_written_at_once_and_reported(
 
 
 def test_an_error_of_one_rank_alone_does_not_wait_for_the_others(tmp_path, monkeypatch):
-    saver = Saver(tmp_path, 1, ALONE, background=True, say=lambda text: None)
+    saver = Saver(tmp_path, ALONE, background=True, say=lambda text: None)
     saver.save(4, state(4.0), {**MANIFEST, "figures": {}})
     several = World(0, 2, torch.device("cpu"), mesh=object())
     monkeypatch.setattr(World, "gather", lambda *_: pytest.fail("it waits for the other ranks"))
