@@ -68,6 +68,7 @@ def starts(args: argparse.Namespace, folder: Path) -> dict[str, dict[str, Any]]:
             pattern=NM.parse(pattern),
             calibration=calibration,
             refinements=Refinements(),
+            effort="best",
             filter_fn=is_one,
         )
         return {layer.name: layer.error for layer in report.layers}

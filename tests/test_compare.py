@@ -306,12 +306,13 @@ def test_every_method_starts_alike_unless_published_starts_are_asked_for(publish
 def test_a_published_start_is_as_published_unless_the_options_say_otherwise(files, tmp_path):
     def start(**over):
         config = plan_of(files, tmp_path, methods="finetune", **over).make("finetune", 6 * 64, 0, None).config
-        return {name: config[name] for name in SPARSEGPT}
+        return {name: config[name] for name in (*SPARSEGPT, "rotate", "refit_iterations")}
 
-    assert start() != SPARSEGPT
-    assert start(published_starts=True) == SPARSEGPT
+    assert start() == {"init_from": "sparsegpt", "start_effort": "best", "rotate": "auto", "refit_iterations": None}
+    published = {**SPARSEGPT, "rotate": "off", "refit_iterations": 0}
+    assert start(published_starts=True) == published
     chosen = start(published_starts=True, config={**CONFIG, "refit_iterations": 5})
-    assert chosen == {**SPARSEGPT, "refit_iterations": 5}
+    assert chosen == {**published, "refit_iterations": 5}
 
 
 def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, tokens: int | None = None) -> Result:

@@ -169,7 +169,7 @@ def test_an_order_of_columns_is_that_of_a_cpu():
 @pytest.mark.parametrize("method", ["magnitude", "wanda", "sparsegpt"])
 def test_a_pruned_model_is_that_of_a_cpu(method):
     refinements = Refinements() if method == "sparsegpt" else NO_REFINEMENTS
-    options = {"calibration": IDS, "refinements": refinements}
+    options = {"calibration": IDS, "refinements": refinements, "effort": "best"}
     expected = tiny_model("llama")
     prune_oneshot_(expected, method, **options)
     with pretend_gpu():

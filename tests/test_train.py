@@ -292,7 +292,9 @@ def test_initial_mask_of_a_oneshot_method_is_where_the_run_starts(initial, llama
     loaded = load_model(llama)
     ids = token_ids(run.text.documents, loaded.tokenizer, limit=16 * 4 * 32)
     sequences = draw_calibration(ids, 4, 32, seed=0)
-    options = {"refinements": part_of(config.start, Refinements)} if initial == "sparsegpt" else {}
+    options = {"effort": "best"}
+    if initial == "sparsegpt":
+        options["refinements"] = part_of(config.start, Refinements)
     prune_oneshot_(loaded.model, initial, calibration=sequences, basis=part_of(config.start, BasisOptions), **options)
     masks = run.optimizer.masks()
     for name, layer in run.method.layers.items():
