@@ -90,92 +90,125 @@ void fill_panels(const Header& of, const uint8_t* values, const uint8_t* mask, c
 
 // ---- kLanes
 
-uint64_t mask_of_block(const Header& of, const uint8_t* mask, int64_t block) {  // of a row
+INLINE uint64_t word_at(const uint8_t* at) {
+  uint64_t word;
+  std::memcpy(&word, at, 8);
+  return word;
+}
+
+INLINE uint64_t mask_of_block(const Header& of, const uint8_t* mask, int64_t block) {  // of a row
+  if (8 * block + 8 <= of.mask_row_bytes()) return word_at(mask + 8 * block);
   uint64_t bits = 0;
   for (int64_t i = 0; i < 8 && 8 * block + i < of.mask_row_bytes(); ++i) bits |= uint64_t(mask[8 * block + i]) << 8 * i;
   return bits;
 }
 
-// Code `index` of a row of int6, 32 added: flipping the highest bit of two's complement adds it.
-INLINE int six_bits(const uint8_t* row, int64_t index) {
-  int code = 0;
-  for (int64_t bit = 6 * index; bit < 6 * index + 6; bit += 2) code |= (row[bit / 8] >> bit % 8 & 3) << (bit - 6 * index);
-  return code ^ 32;
+// Eight codes of six bits, the first in the lowest ones, as the bytes of a word.
+INLINE uint64_t bytes_of_sixes(uint64_t codes) {
+  codes = (codes & 0xffffff) | (codes & 0xffffff000000) << 8;
+  codes = (codes & 0x00000fff00000fff) | (codes & 0x00fff00000fff000) << 4;
+  return (codes & 0x003f003f003f003f) | (codes & 0x0fc00fc00fc00fc0) << 2;
 }
 
-// The panels of 16 rows of int6. A column that a row lacks has 0, for which 32 stands.
-void fill_int6_tile(const Header& of, const uint8_t* from, const uint8_t*, const float* scales, int64_t tile, uint8_t* data) {
-  const int64_t rows = std::min<int64_t>(16, of.rows - 16 * tile);
+// The panels of 16 rows of int6, with 32 added: flipping the highest bit of two's complement adds it. A column that a row lacks
+// has 0, for which 32 stands. The eight codes of a lane are a word.
+EACH_CPU void fill_int6_tile(const Header& of, const uint8_t* from, const uint8_t*, const float* scales, int64_t tile, uint8_t* data) {
+  const int64_t rows = std::min<int64_t>(16, of.rows - 16 * tile), row_bytes = of.kept_row_bytes();
   uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
-    for (int bit = 0; bit < 1024; ++bit) {
-      const Lane lane = lane_of_bit(of, bit);
-      const int64_t row = 16 * tile + lane.row, column = block * kBlock + lane.column;
-      const int code = lane.row < rows && column < of.columns ? six_bits(from + row * of.kept_row_bytes(), column) : 32;
-      const Nibble at = nibble_of_bit(of, bit);
-      panel[at.low] |= uint8_t((code & 15) << at.shift);
-      panel[at.high] |= uint8_t(code >> 4 << at.high_shift);
+    for (int step = 0; step < kBlock / 8; ++step) {
+      const int64_t column = block * kBlock + 8 * step, count = std::clamp<int64_t>(of.columns - column, 0, 8);
+      uint64_t low[8] = {}, high[4] = {};
+      for (int lane = 0; lane < 16; ++lane) {
+        const int64_t row = lane_of_bit(of, 8 * lane).row;
+        uint64_t codes = 0;
+        if (row < rows) {
+          const uint8_t* at = from + (16 * tile + row) * row_bytes + column / 8 * 6;
+          if (count == 8) std::memcpy(&codes, at, 6);
+          else std::memcpy(&codes, at, (6 * count + 7) / 8), codes &= (uint64_t(1) << 6 * count) - 1;
+        }
+        codes = bytes_of_sixes(codes) ^ 0x2020202020202020;
+        low[lane % 8] |= (codes & 0x0f0f0f0f0f0f0f0f) << lane / 8 * 4;
+        high[lane % 4] |= (codes >> 4 & 0x0303030303030303) << lane / 4 * 2;
+      }
+      std::memcpy(panel + step * kInt6Step, low, 64);
+      std::memcpy(panel + step * kInt6Step + 64, high, 32);
     }
     for (int64_t row = 0; row < rows; ++row)
       store_short_scale(panel + of.panel_bytes() - 32 + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
   }
 }
 
-// Up to eight nibbles of a row from `index` on, as the bytes of a word from the lowest on. `end` is the end of all values.
-INLINE uint64_t eight_nibbles(const uint8_t* row, int64_t index, const uint8_t* end) {
-  const uint8_t* at = row + index / 2;
-  uint64_t bits = 0;
-  std::memcpy(&bits, at, std::max<int64_t>(0, std::min<int64_t>(8, end - at)));
-  bits = bits >> index % 2 * 4 & 0xffffffff;
-  bits = (bits | bits << 16) & 0x0000ffff0000ffff;
-  bits = (bits | bits << 8) & 0x00ff00ff00ff00ff;
-  return (bits | bits << 4) & 0x0f0f0f0f0f0f0f0f;
-}
-
-// The panels of 16 rows. A lane of a step takes the next kept values of its row: `taken` has how many it took before.
+// The panels of 16 rows. A lane of a step takes the next kept values of its row: they are copied by as many bytes as a lane can
+// have, and the next lane overwrites what is too much. `staged` has the kept values of a row in a block, with zeros behind them.
 template <int values>
-void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile,
-                     uint8_t* data) {
-  constexpr int kBytes = values == kFloat32 ? 4 : values >= kInt8 ? 1 : 2;
+INLINE void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  constexpr int kBytes = values == kFloat32 ? 4 : values >= kInt8 ? 1 : 2;  // of a value in `staged`
+  constexpr int kLane = values == kInt4 ? 8 : 4;                            // bytes that a lane can have, or more
   const int columns = int(of.lane_columns()), rows = int(std::min<int64_t>(16, of.rows - 16 * tile));
   const int64_t half_bytes = of.panel_bytes() - of.lane_mask_bytes() - 32;  // of int4
-  const uint8_t *end = from + of.rows * of.kept_row_bytes(), flip = of.is_unsigned ? values == kInt8 ? 0x80 : 8 : 0;
+  const uint8_t flip = !of.is_unsigned ? 0 : values == kInt8 ? 0x80 : values == kInt4 ? 0x88 : 0;
   uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
   int64_t taken[16] = {};
-  uint8_t kept[4096 + 64];
+  uint8_t kept[4096 + 64], staged[16][64 * kBytes + 16] = {};
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
     uint64_t bits[16] = {};
+    const uint8_t* next[16];
     const int64_t width = std::min(kBlock, of.columns - block * kBlock);
-    for (int row = 0; row < rows; ++row)
+    for (int row = 0; row < 16; ++row) {
+      next[row] = staged[row];
+      if (row >= rows) continue;  // no bits, and zeros are staged
       bits[row] = of.m ? mask_of_block(of, mask + (16 * tile + row) * of.mask_row_bytes(), block) : ~uint64_t(0) >> (64 - width);
+      const int64_t count = __builtin_popcountll(bits[row]);
+      const uint8_t* const row_from = from + (16 * tile + row) * of.kept_row_bytes();
+      if constexpr (values == kInt4) {
+        const int64_t odd = taken[row] % 2, num_bytes = (odd + count + 1) / 2;
+        uint8_t pairs[40] = {};
+        std::memcpy(pairs, row_from + taken[row] / 2, num_bytes);
+        for (int i = 0; i < 40; ++i) staged[row][2 * i] = pairs[i] & 15, staged[row][2 * i + 1] = pairs[i] >> 4;
+        next[row] += odd;
+        std::memset(staged[row] + odd + count, 0, 8);
+      } else {
+        std::memcpy(staged[row], row_from + taken[row] * kBytes, count * kBytes);
+        std::memset(staged[row] + count * kBytes, 0, 8);
+      }
+      taken[row] += count;
+    }
     uint8_t* to[2] = {kept, kept + 1040};  // the halves of int4, a byte a value; others use the first
-    std::memset(kept, values == kInt4 ? flip : 0, sizeof kept);
+    std::memset(kept, 0, sizeof kept);
     for (int bit = 0; bit < 1024; bit += columns) {
       const Lane lane = lane_of_bit(of, bit);
-      const uint64_t here = bits[lane.row] >> lane.column & ((1u << columns) - 1);
-      const int count = __builtin_popcountll(here), half = values == kInt4 ? bit / 64 % 2 : 0;
+      const unsigned here = unsigned(bits[lane.row] >> lane.column) & ((1u << columns) - 1);
+      const int count = __builtin_popcount(here), half = values == kInt4 ? bit / 64 % 2 : 0;
       if (of.m) panel[bit / 8] |= uint8_t(here << bit % 8);
-      const uint8_t* row = from + (16 * tile + std::min(lane.row, rows - 1)) * of.kept_row_bytes();
-      if constexpr (values == kInt4) {
-        const uint64_t its_own = count ? ~uint64_t(0) >> 8 * (8 - count) : 0;
-        const uint64_t eight = (eight_nibbles(row, taken[lane.row], end) & its_own) ^ flip * 0x0101010101010101u;
-        std::memcpy(to[half], &eight, 8);
-      } else {
-        std::memcpy(to[0], row + taken[lane.row] * kBytes, count * kBytes);
-      }
-      taken[lane.row] += count;
+      std::memcpy(to[half], next[lane.row], kLane);
+      next[lane.row] += count * kBytes;
       to[half] += (of.m ? count : columns) * kBytes;  // a dense row has room for the columns that it lacks
     }
     uint8_t* values_at = panel + of.lane_mask_bytes();
     if constexpr (values == kInt4) {
-      for (int64_t i = 0; i < half_bytes; ++i) values_at[i] = uint8_t(kept[i] | kept[1040 + i] << 4);
+      for (int64_t i = 0; i < half_bytes; ++i) values_at[i] = uint8_t(kept[i] | kept[1040 + i] << 4) ^ flip;
       for (int row = 0; row < rows; ++row)
         store_short_scale(values_at + half_bytes + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
     } else {
       const int64_t count = of.panel_bytes() - of.lane_mask_bytes();
-      for (int64_t i = 0; i < count; ++i) values_at[i] = values == kInt8 ? uint8_t(kept[i] ^ flip) : kept[i];
+      for (int64_t i = 0; i < count; ++i) values_at[i] = kept[i] ^ flip;
     }
   }
+}
+
+// A function that is compiled for each processor cannot be a template.
+EACH_CPU void fill_int4_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  fill_lanes_tile<kInt4>(of, from, mask, scales, tile, data);
+}
+EACH_CPU void fill_int8_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  fill_lanes_tile<kInt8>(of, from, mask, scales, tile, data);
+}
+EACH_CPU void fill_short_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  fill_lanes_tile<kBFloat16>(of, from, mask, scales, tile, data);
+}
+EACH_CPU void fill_fp32_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  fill_lanes_tile<kFloat32>(of, from, mask, scales, tile, data);
 }
 
 // The panels of 16 rows in pairs. A value that a last group of 1:2 lacks stays zero, for column 3.
@@ -204,11 +237,11 @@ void fill_pairs_tile(const Header& of, const uint8_t* from, const uint8_t* mask,
 void fill_lanes(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
                 int64_t last, uint8_t* data) {
   const auto fill = of.in_pairs()           ? of.values == kFloat32 ? fill_pairs_tile<4> : fill_pairs_tile<2>
-                    : of.values == kInt4    ? fill_lanes_tile<kInt4>
+                    : of.values == kInt4    ? fill_int4_lanes_tile
                     : of.values == kInt6    ? fill_int6_tile
-                    : of.values == kInt8    ? fill_lanes_tile<kInt8>
-                    : of.values == kFloat32 ? fill_lanes_tile<kFloat32>
-                                            : fill_lanes_tile<kBFloat16>;
+                    : of.values == kInt8    ? fill_int8_lanes_tile
+                    : of.values == kFloat32 ? fill_fp32_lanes_tile
+                                            : fill_short_lanes_tile;
   for (int64_t tile = first; tile < last; ++tile) fill(of, values, mask, scales, tile, data);
 }
 
@@ -224,7 +257,7 @@ std::array<bool, 256> whole_bytes(const Header& of) {
 
 }  // namespace
 
-bool mask_is_nm(const Header& of, const uint8_t* mask) {
+EACH_CPU bool mask_is_nm(const Header& of, const uint8_t* mask) {
   const bool in_bytes = 8 % of.m == 0;
   const std::array<bool, 256> whole = in_bytes ? whole_bytes(of) : std::array<bool, 256>{};
   for (int64_t row = 0; row < of.rows; ++row, mask += of.mask_row_bytes()) {
@@ -234,7 +267,8 @@ bool mask_is_nm(const Header& of, const uint8_t* mask) {
     if (!good) return false;
     for (int64_t k = 8 * checked; k < of.columns; k += of.m) {
       int count = 0;
-      if (of.m % 8 == 0) for (int64_t i = k / 8; i < (k + of.m) / 8; ++i) count += __builtin_popcount(mask[i]);
+      if (of.m == 64) count = __builtin_popcountll(word_at(mask + k / 8));
+      else if (of.m % 8 == 0) for (int64_t i = k / 8; i < (k + of.m) / 8; ++i) count += __builtin_popcount(mask[i]);
       else for (int64_t i = k; i < k + of.m; ++i) count += mask[i / 8] >> (i % 8) & 1;  // they end in no byte, as of 3:5
       if (count != of.n) return false;
     }
