@@ -411,6 +411,12 @@ def _plan(of: Description, weights: Weights) -> _Plan:
             )
         found[place] = (name, part, library.packed_bytes(spec.values, spec.n, spec.m, rows, columns))
 
+    # The largest ones come first: while a matrix is read, it is there twice, and the others have no memory yet.
+    if of.is_tied:
+        add("head", "model.embed_tokens", of.vocabulary, of.hidden)
+    else:
+        add("head", "lm_head", of.vocabulary, of.hidden)
+        add("embedding", "model.embed_tokens", of.vocabulary, of.hidden)
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
     for i in range(of.num_layers):
         attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
@@ -424,11 +430,6 @@ def _plan(of: Description, weights: Weights) -> _Plan:
                 first += rows
         add(f"{i}.o", f"{attention}.o_proj", of.hidden, queries)
         add(f"{i}.down", f"{mlp}.down_proj", of.hidden, of.intermediate)
-    if of.is_tied:
-        add("head", "model.embed_tokens", of.vocabulary, of.hidden)
-    else:
-        add("head", "lm_head", of.vocabulary, of.hidden)
-        add("embedding", "model.embed_tokens", of.vocabulary, of.hidden)
     return _Plan(found)
 
 

@@ -142,15 +142,15 @@ EACH_CPU void fill_int6_tile(const Header& of, const uint8_t* from, const uint8_
 // The panels of 16 rows. A lane of a step takes the next kept values of its row: they are copied by as many bytes as a lane can
 // have, and the next lane overwrites what is too much. `staged` has the kept values of a row in a block, with zeros behind them.
 template <int values>
-INLINE void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+INLINE void fill_lanes_tile(Header of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
+  of.values = values;  // which the compiler knows now
   constexpr int kBytes = values == kFloat32 ? 4 : values >= kInt8 ? 1 : 2;  // of a value in `staged`
-  constexpr int kLane = values == kInt4 ? 8 : 4;                            // bytes that a lane can have, or more
-  const int columns = int(of.lane_columns()), rows = int(std::min<int64_t>(16, of.rows - 16 * tile));
-  const int64_t half_bytes = of.panel_bytes() - of.lane_mask_bytes() - 32;  // of int4
+  const int columns = int(of.lane_columns()), rows = int(std::min<int64_t>(16, of.rows - 16 * tile)), lane_bytes = columns * kBytes;
+  const int64_t half_bytes = of.panel_bytes() - of.lane_mask_bytes() - (values == kInt4 ? 32 : 0);  // that `kept` has, or each half of int4
   const uint8_t flip = !of.is_unsigned ? 0 : values == kInt8 ? 0x80 : values == kInt4 ? 0x88 : 0;
   uint8_t* panel = data + tile * of.blocks() * of.panel_bytes();
   int64_t taken[16] = {};
-  uint8_t kept[4096 + 64], staged[16][64 * kBytes + 16] = {};
+  uint8_t kept[4096 + 64], staged[16][64 * kBytes + 8] = {};
   for (int64_t block = 0; block < of.blocks(); ++block, panel += of.panel_bytes()) {
     uint64_t bits[16] = {};
     const uint8_t* next[16];
@@ -162,10 +162,10 @@ INLINE void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t
       const int64_t count = __builtin_popcountll(bits[row]);
       const uint8_t* const row_from = from + (16 * tile + row) * of.kept_row_bytes();
       if constexpr (values == kInt4) {
-        const int64_t odd = taken[row] % 2, num_bytes = (odd + count + 1) / 2;
-        uint8_t pairs[40] = {};
-        std::memcpy(pairs, row_from + taken[row] / 2, num_bytes);
-        for (int i = 0; i < 40; ++i) staged[row][2 * i] = pairs[i] & 15, staged[row][2 * i + 1] = pairs[i] >> 4;
+        const int64_t odd = taken[row] % 2;
+        uint8_t pairs[32] = {};
+        std::memcpy(pairs, row_from + taken[row] / 2, (odd + count + 1) / 2);
+        for (int i = 0; i < 32; ++i) staged[row][2 * i] = pairs[i] & 15, staged[row][2 * i + 1] = pairs[i] >> 4;
         next[row] += odd;
         std::memset(staged[row] + odd + count, 0, 8);
       } else {
@@ -174,42 +174,41 @@ INLINE void fill_lanes_tile(const Header& of, const uint8_t* from, const uint8_t
       }
       taken[row] += count;
     }
-    uint8_t* to[2] = {kept, kept + 1040};  // the halves of int4, a byte a value; others use the first
-    std::memset(kept, 0, sizeof kept);
+    uint8_t* const begins[2] = {kept, kept + 1040};  // the halves of int4, a byte a value; others use the first
+    uint8_t* to[2] = {begins[0], begins[1]};
     for (int bit = 0; bit < 1024; bit += columns) {
       const Lane lane = lane_of_bit(of, bit);
       const unsigned here = unsigned(bits[lane.row] >> lane.column) & ((1u << columns) - 1);
       const int count = __builtin_popcount(here), half = values == kInt4 ? bit / 64 % 2 : 0;
       if (of.m) panel[bit / 8] |= uint8_t(here << bit % 8);
-      std::memcpy(to[half], next[lane.row], kLane);
+      std::memcpy(to[half], next[lane.row], lane_bytes);
       next[lane.row] += count * kBytes;
-      to[half] += (of.m ? count : columns) * kBytes;  // a dense row has room for the columns that it lacks
+      to[half] += of.m ? count * kBytes : lane_bytes;  // a dense row has room for the columns that it lacks
     }
+    for (int half = 0; half < (values == kInt4 ? 2 : 1); ++half)  // of rows that there are not
+      std::memset(to[half], 0, half_bytes - (to[half] - begins[half]));
     uint8_t* values_at = panel + of.lane_mask_bytes();
     if constexpr (values == kInt4) {
       for (int64_t i = 0; i < half_bytes; ++i) values_at[i] = uint8_t(kept[i] | kept[1040 + i] << 4) ^ flip;
       for (int row = 0; row < rows; ++row)
         store_short_scale(values_at + half_bytes + 2 * row, scales[(16 * tile + row) * of.blocks() + block]);
     } else {
-      const int64_t count = of.panel_bytes() - of.lane_mask_bytes();
-      for (int64_t i = 0; i < count; ++i) values_at[i] = kept[i] ^ flip;
+      for (int64_t i = 0; i < half_bytes; ++i) values_at[i] = kept[i] ^ flip;
     }
   }
 }
 
 // A function that is compiled for each processor cannot be a template.
-EACH_CPU void fill_int4_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
-  fill_lanes_tile<kInt4>(of, from, mask, scales, tile, data);
-}
-EACH_CPU void fill_int8_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
-  fill_lanes_tile<kInt8>(of, from, mask, scales, tile, data);
-}
-EACH_CPU void fill_short_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
-  fill_lanes_tile<kBFloat16>(of, from, mask, scales, tile, data);
-}
-EACH_CPU void fill_fp32_lanes_tile(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) {
-  fill_lanes_tile<kFloat32>(of, from, mask, scales, tile, data);
-}
+#define FILL_LANES(name, values)                                                                                              \
+  EACH_CPU void name(const Header& of, const uint8_t* from, const uint8_t* mask, const float* scales, int64_t tile, uint8_t* data) { \
+    fill_lanes_tile<values>(of, from, mask, scales, tile, data);                                                             \
+  }
+FILL_LANES(fill_int4_tile, kInt4)
+FILL_LANES(fill_int8_tile, kInt8)
+FILL_LANES(fill_bf16_tile, kBFloat16)
+FILL_LANES(fill_fp16_tile, kFloat16)
+FILL_LANES(fill_fp32_tile, kFloat32)
+#undef FILL_LANES
 
 // The panels of 16 rows in pairs. A value that a last group of 1:2 lacks stays zero, for column 3.
 template <int bytes>
@@ -236,12 +235,10 @@ void fill_pairs_tile(const Header& of, const uint8_t* from, const uint8_t* mask,
 
 void fill_lanes(const Header& of, const uint8_t* values, const uint8_t* mask, const float* scales, int64_t first,
                 int64_t last, uint8_t* data) {
-  const auto fill = of.in_pairs()           ? of.values == kFloat32 ? fill_pairs_tile<4> : fill_pairs_tile<2>
-                    : of.values == kInt4    ? fill_int4_lanes_tile
-                    : of.values == kInt6    ? fill_int6_tile
-                    : of.values == kInt8    ? fill_int8_lanes_tile
-                    : of.values == kFloat32 ? fill_fp32_lanes_tile
-                                            : fill_short_lanes_tile;
+  constexpr decltype(&fill_int4_tile) kFills[] = {fill_bf16_tile, fill_fp16_tile, fill_fp32_tile, fill_int8_tile, fill_int4_tile, fill_int6_tile};
+  const auto fill = !of.in_pairs()          ? kFills[of.values]
+                    : of.values == kFloat32 ? fill_pairs_tile<4>
+                                            : fill_pairs_tile<2>;
   for (int64_t tile = first; tile < last; ++tile) fill(of, values, mask, scales, tile, data);
 }
 
