@@ -68,7 +68,8 @@ class Session:
     @classmethod
     def open(cls, folder: str | Path, *, threads: int = 0, kind: str = "bf16") -> Session:
         """The model of a folder. Raises `InputError` as `Model.open` and `Tokenizer.open` do."""
-        return cls(Model.open(folder, threads), Tokenizer.open(folder), Defaults.open(folder), kind=kind)
+        tokenizer = Tokenizer.open(folder)  # before the model: reading it takes 40 MiB for a moment
+        return cls(Model.open(folder, threads), tokenizer, Defaults.open(folder), kind=kind)
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """The tokens of a prompt: as a user's turn where the tokenizer has a chat template, unless `raw`.

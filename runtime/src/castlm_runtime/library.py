@@ -224,7 +224,7 @@ def allocate(num_bytes: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
 
     If memory bandwidth is the limit, reading weights from 2 MB pages is about 1.5 times as fast as from 4 kB pages.
     """
-    room = mmap.mmap(-1, num_bytes + _HUGE_PAGE)
+    room = mmap.mmap(-1, num_bytes + _HUGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has none
     if sys.platform == "linux" and num_bytes >= _HUGE_PAGE:
         with contextlib.suppress(OSError):  # a refusal only costs speed
             room.madvise(_MADV_HUGEPAGE)
