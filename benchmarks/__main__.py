@@ -93,10 +93,10 @@ def oneshot_rows(quick: bool) -> list[Row]:
     if quick:
         with tempfile.TemporaryDirectory() as folder:
             save_tiny(folder, "llama")
-            sizes = ["--num-sequences", "8", "--seq-len", "64", "--repeats", "1", "--held-out-tokens", "2048"]
+            sizes = ["--calibration-sequences", "8", "--seq-len", "64", "--repeats", "1", "--held-out-tokens", "2048"]
             found = run_module("benchmarks.oneshot", ["--model", folder, *sizes])
     else:
-        found = run_module("benchmarks.oneshot", ["--num-sequences", "16", "--seq-len", "512"])
+        found = run_module("benchmarks.oneshot", ["--calibration-sequences", "16", "--seq-len", "512"])
     return [
         Row(
             f"one-shot {row['method']}", "the published loop", row["speedup"], *row["speedup_range"], ">= 1", detail=row

@@ -84,7 +84,7 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str,
         if is_trained:
             _run("pack", run, output_dir=packed, **tables)
         else:
-            text = {"calibration": args.text, "num-sequences": args.calibration, "seq-len": args.seq_len}
+            text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
             _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", **text, **tables)
         measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
         _run("eval", packed, text=args.eval_text, json=figures, **measured)

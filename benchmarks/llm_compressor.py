@@ -1,7 +1,7 @@
 """One-shot pruning in castlm and by llm-compressor's one call: perplexity and processor time.
 
     python -m benchmarks.llm_compressor --text TEXT --calibration TEXT --llm-compressor PYTHON [--model demo]
-                                        [--pattern 2:4 32:64] [--num-sequences 64] [--seq-len 512] [--json O]
+                                        [--pattern 2:4 32:64] [--calibration-sequences 64] [--seq-len 512] [--json O]
 
 Every contestant is a process of its own, one after the other, from the same folder, with the same calibration tokens
 (checked by their hash), on the threads that OMP_NUM_THREADS gives. Time is of the whole process, with loading and
@@ -77,7 +77,7 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
     save_model(loaded.model, loaded.tokenizer, dense)
     encoder = Encoder(loaded.tokenizer, assistant_only=False)
     text = open_documents(options.calibration)
-    sequences, _ = calibration_sequences(text, encoder, options.num_sequences, options.seq_len)
+    sequences, _ = calibration_sequences(text, encoder, options.calibration_sequences, options.seq_len)
     (folder / "tokens.json").write_text(json.dumps(sequences.tolist()))
     results = []
     for pattern in options.pattern:
@@ -88,7 +88,11 @@ def measure(options: argparse.Namespace, folder: Path) -> list[Result]:
                 command += [str(dense), str(folder / "tokens.json"), PEER[name], pattern, str(out)]
             else:
                 inputs = {"model": str(dense), "calibration": options.calibration, "pattern": pattern}
-                sizes = {"num_sequences": options.num_sequences, "seq_len": options.seq_len, "precision": "fp32"}
+                sizes = {
+                    "calibration_sequences": options.calibration_sequences,
+                    "seq_len": options.seq_len,
+                    "precision": "fp32",
+                }
                 prune = PruneCommand(**inputs, **sizes, **CASTLM[name], output_dir=str(out))
                 command = [sys.executable, "-m", *shlex.split(command_line("prune", prune))]
             seconds = run(command)
@@ -122,7 +126,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--llm-compressor", required=True, metavar="PYTHON")
     parser.add_argument("--pattern", nargs="+", default=["2:4"])
-    parser.add_argument("--num-sequences", type=int, default=64)
+    parser.add_argument("--calibration-sequences", type=int, default=64)
     parser.add_argument("--seq-len", type=int, default=512)
     parser.add_argument("--eval-tokens", type=int, default=8192)
     parser.add_argument("--json", metavar="OUT")

@@ -1,6 +1,6 @@
 """One-shot pruning against the procedure as published: seconds for the whole model, and perplexity of what comes out.
 
-    python -m benchmarks.oneshot [--model demo] [--text FILE --held-out FILE] [--num-sequences 128] [--json OUT]
+    python -m benchmarks.oneshot [--model demo] [--text FILE --held-out FILE] [--calibration-sequences 128] [--json OUT]
 
 The published side is written after the papers and follows the published code in what it costs: one sequence a pass, a
 Hessian and its inverse for each layer, columns one by one in Python, every block run twice. Same model, same sequences;
@@ -207,7 +207,7 @@ def main() -> None:
     parser.add_argument("--held-out-tokens", type=int, default=16_384)
     parser.add_argument("--methods", nargs="+", choices=SOLVERS, default=list(SOLVERS))
     parser.add_argument("--pattern", default="2:4")
-    parser.add_argument("--num-sequences", type=int, default=128)
+    parser.add_argument("--calibration-sequences", type=int, default=128)
     parser.add_argument("--seq-len", type=int, help="tokens a sequence; the model's context, at most 2,048")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--json", metavar="OUT")
@@ -224,16 +224,17 @@ def main() -> None:
 
             text, held_out = map(str, write_texts(Path(scratch)))
         seq_len = args.seq_len or calibration_length(loaded.model)
-        calibration = draw_calibration(token_ids(text, loaded.tokenizer), args.num_sequences, seq_len, seed=0)
+        calibration = draw_calibration(token_ids(text, loaded.tokenizer), args.calibration_sequences, seq_len, seed=0)
         held_out_ids = token_ids(held_out, loaded.tokenizer, limit=args.held_out_tokens)
     dense = perplexity(loaded.model, held_out_ids, seq_len=seq_len).perplexity
     print(
-        f"{loaded.source}, {args.pattern}, {args.num_sequences} x {seq_len} tokens, {torch.get_num_threads()} threads, "
-        f"median of {args.repeats}; dense perplexity {dense:.4f} over {len(held_out_ids):,} tokens, context {seq_len}"
+        f"{loaded.source}, {args.pattern}, {args.calibration_sequences} x {seq_len} tokens, "
+        f"{torch.get_num_threads()} threads, median of {args.repeats}; dense perplexity {dense:.4f} over "
+        f"{len(held_out_ids):,} tokens, context {seq_len}"
     )
     rows = [compare(loaded.model, method, calibration, held_out_ids, args) for method in args.methods]
     show(rows)
-    settings = {"pattern": args.pattern, "num_sequences": args.num_sequences, "seq_len": seq_len, "seed": 0}
+    settings = {"pattern": args.pattern, "num_sequences": args.calibration_sequences, "seq_len": seq_len, "seed": 0}
     content = {"model": loaded.source, **settings, "dense_perplexity": dense, "rows": rows, "machine": machine()}
     write_json(args.json, content)
 

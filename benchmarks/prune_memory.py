@@ -35,7 +35,7 @@ from castlm.core.blocks import in_block
 from castlm.lab.compare.presets import SPARSEGPT
 from castlm.lab.planning.prune_memory import plan_prune_memory
 from castlm.lab.planning.quantize_memory import plan_quantize_memory
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.oneshot.options import BasisOptions, Refinements, part_of, with_effort
 from castlm_runtime.formats import FORMATS
 
 GIB = 2**30
@@ -62,7 +62,7 @@ CASES: dict[str, dict[str, Any]] = {
     "SparseGPT as published": AS_PUBLISHED,
     "refit": {"mask_iterations": 0, "refit_iterations": 2},
     "the default": {},
-    "wanda": {"method": "wanda"},
+    "wanda": {"solver": "wanda"},
     "reconstruction": {**AS_PUBLISHED, "reconstruct_epochs": 2},
     "SparseGPT as published, the model in memory": {**AS_PUBLISHED, "memory": "model"},
     "the default, the model in memory": {"memory": "model"},
@@ -110,10 +110,10 @@ def random_weight(shape: torch.Size, generator: torch.Generator) -> Tensor:
 def command_of(case: Mapping[str, Any], model: Path, text: Path, output: Path) -> PruneCommand | QuantizeCommand:
     """The command of a case."""
     own: dict[str, Any] = {"model": str(model), "output_dir": str(output), "device": "cpu"}
-    reads = {"calibration": str(text), "num_sequences": SEQUENCES, "seq_len": SEQ_LEN}
+    reads = {"calibration": str(text), "calibration_sequences": SEQUENCES, "seq_len": SEQ_LEN}
     if "kind" in case:
         return QuantizeCommand(**own, **(reads if FORMATS[case["kind"]].reads_text else {}), **case)
-    return PruneCommand(**own, **reads, **({"memory": "block"} | case))
+    return PruneCommand(**with_effort({**own, **reads, "memory": "block", **case}))
 
 
 def planned_here(command: PruneCommand | QuantizeCommand) -> int:
@@ -125,11 +125,12 @@ def planned_here(command: PruneCommand | QuantizeCommand) -> int:
     return plan_prune_memory(
         command.model,
         memory=command.memory or "model",
-        method=command.method or "sparsegpt",
-        num_sequences=command.num_sequences,
+        method=command.solver or "sparsegpt",
+        num_sequences=command.calibration_sequences,
         seq_len=command.seq_len,
         basis=part_of(command, BasisOptions),
         refinements=part_of(command, Refinements),
+        effort=command.start_effort,
     ).peak
 
 

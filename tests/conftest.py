@@ -79,7 +79,7 @@ def chat_llama(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def sparse(llama, tmp_path_factory) -> str:
-    """Folder of that LLaMA at 2:4, by `castlm prune --method magnitude`. No test changes it."""
+    """Folder of that LLaMA at 2:4, by `castlm prune --solver magnitude`. No test changes it."""
     from tests.runs import prune_to
 
     return prune_to(tmp_path_factory.mktemp("sparse") / "model", llama)

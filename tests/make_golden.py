@@ -114,7 +114,7 @@ def pack(work: Path) -> None:
             source = work / pattern
             if not source.exists():
                 castlm(
-                    "prune", "--model", "model", "--method", "magnitude", "--pattern", pattern, "--output-dir", source
+                    "prune", "--model", "model", "--solver", "magnitude", "--pattern", pattern, "--output-dir", source
                 )
         if "--kind" in options:
             castlm("quantize", source, "--packed", *options, "--output-dir", packed)

@@ -50,8 +50,8 @@ def small_command(command: str, model: str | Path, dataset: str | Path, output_d
 
 def prune_to(folder: Path, model: str | Path, text: str | Path | None = None, **over: Any) -> str:
     """Runs `castlm prune`, by magnitude where there is no text, and returns the folder."""
-    sizes = {"calibration": text, "num_sequences": 4, "seq_len": 32}
-    options = {"model": model, "output_dir": folder, **(sizes if text else {"method": "magnitude"}), **over}
+    sizes = {"calibration": text, "calibration_sequences": 4, "seq_len": 32}
+    options = {"model": model, "output_dir": folder, **(sizes if text else {"solver": "magnitude"}), **over}
     assert main(["prune", *flags(options)]) == 0
     return str(folder)
 

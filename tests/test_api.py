@@ -47,10 +47,10 @@ def test_every_public_name_is_there():
         (lambda: castlm.train("m", "t", output_dir="o", learning_rat=1), "learning_rate"),
         (lambda: castlm.train("m", output_dir="o"), "dataset is missing"),
         (lambda: castlm.train(castlm.TrainConfig.of("m", "t", "o"), "t"), "config alone"),
-        (lambda: castlm.prune("m", output_dir="o"), "give calibration FILE, or method magnitude"),
+        (lambda: castlm.prune("m", output_dir="o"), "give calibration FILE, or solver magnitude"),
         (
-            lambda: castlm.prune("m", "t", output_dir="o", method="magnitude"),
-            "calibration = t has an effect only with a method",
+            lambda: castlm.prune("m", "t", output_dir="o", solver="magnitude"),
+            "calibration = t has an effect only with a solver",
         ),
         (lambda: castlm.evaluate("m"), "give text FILE, tasks"),
         (lambda: castlm.evaluate("m", tasks="piqa", seq_len=8), "seq_len = 8 has an effect only with a text"),
@@ -67,7 +67,7 @@ def test_bad_calls_name_the_value_as_python_writes_it(call, named):
 
 # ---- models and texts in memory
 
-SMALL = {"seq_len": 16, "num_sequences": 4, "rotate": "off", "permute": False}
+SMALL = {"seq_len": 16, "calibration_sequences": 4, "rotate": "off", "permute": False}
 RUN = {"max_steps": 2, "seq_len": 16, "per_device_train_batch_size": 2, "eval_tokens": 64, "save_steps": 0}
 RUN |= {"init_from": "magnitude", "report_to": "none"}
 TEXTS = [story for story in TEXT.split("\n\n") if story.strip()]

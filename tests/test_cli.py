@@ -56,7 +56,7 @@ def test_no_answer_holds_the_control_characters_of_a_name(tmp_path, capsys):
     save_tiny(Path(first))
     Path(text).write_text("some text of a few words")
     for command in (
-        ["prune", "--model", first, "--method", "magnitude", "--output-dir", pruned],
+        ["prune", "--model", first, "--solver", "magnitude", "--output-dir", pruned],
         ["pack", pruned, "--output-dir", packed],
         ["unpack", packed, "--output-dir", plain],
         ["quantize", plain, "--output-dir", quantized],

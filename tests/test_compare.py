@@ -114,7 +114,7 @@ class Compared:
 def compared(files, tmp_path_factory) -> Compared:
     folder = tmp_path_factory.mktemp("compared")
     # At this rate six steps end below the start of this random model, so that no run counts as diverged.
-    asked = {"methods": "cast,srste,magnitude", "num_sequences": 2, "config": {**CONFIG, "learning_rate": 3e-3}}
+    asked = {"methods": "cast,srste,magnitude", "calibration_sequences": 2, "config": {**CONFIG, "learning_rate": 3e-3}}
     with pytest.MonkeyPatch.context() as patch:
         started = run_here(patch)
         patch.setattr("castlm.lab.compare.report.can_draw", lambda: False)
@@ -166,7 +166,7 @@ def test_a_row_names_its_start_and_the_options_that_have_an_effect(compared):
         "magnitude": set(),
         "dense": {"hidden_weight"},  # in which the trained variants differ
     }
-    assert [result["config"]["num_sequences"] for result in compared.tables[0]["one_shot_results"]] == [2]
+    assert [result["config"]["calibration_sequences"] for result in compared.tables[0]["one_shot_results"]] == [2]
 
 
 def test_a_terminal_gets_few_columns_and_the_page_all_of_them_with_a_chart(compared):
@@ -543,7 +543,7 @@ def test_a_model_that_no_run_could_open_is_refused_first(files, tmp_path):
 
 
 def test_a_changed_result_is_not_reused(files, tmp_path, in_process):
-    asked = {"methods": "magnitude,wanda", "num_sequences": 2}
+    asked = {"methods": "magnitude,wanda", "calibration_sequences": 2}
     compare(files, tmp_path, **asked)
     (weights,) = (tmp_path / "out" / "runs").glob("wanda-*/model/model.safetensors")
     content = bytearray(weights.read_bytes())

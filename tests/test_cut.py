@@ -233,7 +233,7 @@ def test_nan_a_score_without_its_text_and_units_that_are_not_zero_are_refused():
 @pytest.fixture
 def cut(llama, text):
     """`castlm cut` of a tiny LLaMA; gives the exit code."""
-    command = ["cut", "--model", llama, "--calibration", text, "--num-sequences", "4", "--seq-len", "32"]
+    command = ["cut", "--model", llama, "--calibration", text, "--calibration-sequences", "4", "--seq-len", "32"]
     return lambda out, *arguments: main([*command, "--output-dir", str(out), *arguments])
 
 

@@ -185,7 +185,7 @@ COMMANDS = re.findall(r"^python (.*)$", PAGE.replace("\\\n", " "), re.M)
 
 SMALL = "--max-steps 4 --seq-len 32 --per-device-train-batch-size 4 --eval-tokens 128 --save-steps 0 --report-to none"
 SMALL += " --calibration-sequences 4 --no-report"
-SIZES = {"train": SMALL, "prune": "--num-sequences 4 --seq-len 32"}
+SIZES = {"train": SMALL, "prune": "--calibration-sequences 4 --seq-len 32"}
 TABLES = (DECAYS, METHODS, SOLVERS, PARSERS, CASTLM_COMMANDS, OPENERS, LAYOUTS, FORMATS)
 
 

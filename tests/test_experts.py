@@ -360,7 +360,7 @@ def test_the_kernels_compute_what_transformers_does(folders):
 def test_experts_are_quantized_into_the_packed_folder(kind, folders, text, tmp_path):
     plain, _ = folders
     arguments = [str(plain), "--kind", kind, "--output-dir"]
-    calibration = ["--calibration", text, "--num-sequences", "4", "--seq-len", "32"] if kind == "int4" else []
+    calibration = ["--calibration", text, "--calibration-sequences", "4", "--seq-len", "32"] if kind == "int4" else []
     calibration += ["--device", "cpu"]
     assert main(["quantize", *arguments, str(tmp_path / "plain"), *calibration]) == 0
     assert main(["quantize", *arguments, str(tmp_path / "packed"), "--packed", *calibration]) == 0

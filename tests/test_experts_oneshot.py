@@ -130,7 +130,7 @@ def test_experts_that_compute_their_neurons_otherwise_are_refused(monkeypatch):
 
 def test_castlm_prune_says_which_experts_saw_few_tokens(text, tmp_path, capsys):
     model = save_tiny(tmp_path / "model", "qwen3_moe", hidden_size=64)
-    prune_to(tmp_path / "out", model, text, num_sequences=2, device="cpu")
+    prune_to(tmp_path / "out", model, text, calibration_sequences=2, device="cpu")
     assert "calibrated on all tokens" in capsys.readouterr().out
     record = record_of(tmp_path / "out")
     assert f"{NAME}.gate_up_proj" in record["experts_calibrated_on_all_tokens"]

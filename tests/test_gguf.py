@@ -33,7 +33,7 @@ def source(tmp_path_factory):
     ("kind", "type_of_layers", "text"),
     [
         ("int4", "Q4_0", []),
-        ("int4", "Q4_0", ["--calibration", "text.txt", "--num-sequences", "4", "--seq-len", "32"]),
+        ("int4", "Q4_0", ["--calibration", "text.txt", "--calibration-sequences", "4", "--seq-len", "32"]),
         ("int8", "Q8_0", []),
     ],
 )

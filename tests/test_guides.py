@@ -80,7 +80,7 @@ READ_AS: dict[str, str] = {
 BATCH = "--seq-len 64 --per-device-train-batch-size 4 --eval-tokens 128"
 RUN = f"{BATCH} --max-steps 8 --learning-rate 1e-3 --save-steps 0 --report-to none"
 START = "--calibration-sequences 4"
-ONE_SHOT = "--num-sequences 4 --seq-len 64"
+ONE_SHOT = "--calibration-sequences 4 --seq-len 64"
 SMALLER = [
     ("train", "", f"{RUN} {START} --no-report"),
     ("finetune", "", f"{RUN} --no-report"),

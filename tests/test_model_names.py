@@ -70,7 +70,7 @@ def test_a_model_is_given_with_an_option_or_without():
         read_arguments(options, ["y", "--model", "x"], "pack", PackCommand)
 
 
-PRUNE_BY_BLOCK = ["prune", "--model", "MODEL", "--method", "magnitude", "--memory", "block", "--output-dir", "OUT"]
+PRUNE_BY_BLOCK = ["prune", "--model", "MODEL", "--solver", "magnitude", "--memory", "block", "--output-dir", "OUT"]
 
 
 def test_what_needs_a_folder_says_in_the_first_second_how_to_make_one(names, tmp_path, capsys):

@@ -325,7 +325,7 @@ def test_a_result_that_another_process_wrote_meanwhile_is_refused(command, tmp_p
     prune_to(tmp_path / "s", model)
     assert main(["pack", str(tmp_path / "s"), "--output-dir", str(tmp_path / "p")]) == 0
     arguments = {
-        "prune": ["prune", str(model), "--method", "magnitude"],
+        "prune": ["prune", str(model), "--solver", "magnitude"],
         "pack": ["pack", str(tmp_path / "s")],
         "unpack": ["unpack", str(tmp_path / "p")],
         "quantize": ["quantize", str(tmp_path / "s")],

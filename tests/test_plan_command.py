@@ -164,6 +164,7 @@ def test_memory(llama, capsys):
         (["plan", "fit", "/nowhere.csv"], "/nowhere.csv"),
         (["plan", "memory", "--model", "/nowhere.json"], "/nowhere.json"),
         (["plan", "memory", "--model", "m", "--gpu", "abacus"], "abacus"),
+        (["plan", "memory", "--model", "m", "--push-to-hub"], "plan memory does not read --push-to-hub"),
         (["plan", "check", "--model", "m"], "dataset"),
         ([*CHECK, "--max-steps", "0"], "--max-steps = 0 is out of range"),
     ],

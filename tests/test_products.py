@@ -119,7 +119,7 @@ def test_experts_that_stay_dense_are_refused_and_say_no(tmp_path, capsys):
     model.save_pretrained(tmp_path / "dense")
     tiny_tokenizer().save_pretrained(tmp_path / "dense")
     command = ["prune", "--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "out")]
-    command += ["--method", "magnitude"]
+    command += ["--solver", "magnitude"]
     assert main(command) == 1
     assert "allow_dense 0.8" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

@@ -29,7 +29,14 @@ def llama(tmp_path_factory) -> Path:
 def prune(model, text: str, output: Path, *options: str, memory: str = "block") -> Path:
     arguments = ["--model", str(model), "--output-dir", str(output), "--memory", memory]
     if "magnitude" not in options:
-        arguments += ["--calibration", text, "--num-sequences", "19", "--seq-len", "64"]  # passes of 10 and of 9
+        arguments += [
+            "--calibration",
+            text,
+            "--calibration-sequences",
+            "19",
+            "--seq-len",
+            "64",
+        ]  # passes of 10 and of 9
     assert command.main([*arguments, *options]) == 0
     return output
 
@@ -57,8 +64,8 @@ def test_the_result_is_that_of_the_whole_model_bit_for_bit(tmp_path, text, famil
     "options",
     [
         slow(PLAIN),
-        ["--method", "wanda"],
-        slow(["--method", "magnitude"]),
+        ["--solver", "wanda"],
+        slow(["--solver", "magnitude"]),
         slow(["--start-effort", "published"]),
         slow(["--precision", "bf16"]),
         ["--reconstruct-epochs", "2"],
@@ -159,7 +166,7 @@ def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, t
 @pytest.mark.parametrize("damage", [False, slow(True)])
 def test_overwrite_starts_again_with_other_options_or_a_damaged_record(damage, llama, straight, tmp_path, text):
     """Nothing is read of the earlier start, which followed the dense model over more text, in passes of 11 and 10."""
-    options = ("--reconstruct-epochs", "1", "--num-sequences", "21", "--overwrite")
+    options = ("--reconstruct-epochs", "1", "--calibration-sequences", "21", "--overwrite")
     partial = unfinished(llama, tmp_path, text, *options)
     (partial / "notes.txt").write_text("mine")
     if damage:
@@ -189,10 +196,10 @@ def test_a_damaged_file_of_an_unfinished_prune_is_named(llama, straight, tmp_pat
     [
         (["--damping", "2"], "damping = 2.0 is out of range"),
         (["--seq-len", "300"], "300"),
-        (["--method", "flap"], "flap"),
+        (["--solver", "flap"], "flap"),
         (
-            ["--method", "magnitude", "--calibration", "text.txt"],
-            "--calibration = text.txt has an effect only with a method that reads a text",
+            ["--solver", "magnitude", "--calibration", "text.txt"],
+            "--calibration = text.txt has an effect only with a solver that reads a text",
         ),
     ],
 )

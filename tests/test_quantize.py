@@ -116,7 +116,7 @@ def prune_tiny(folder, family="llama", **over):
 def test_both_folders_are_verified_and_the_packed_one_unpacks_to_the_plain_one(kind, family, text, tmp_path, capsys):
     sparse = prune_tiny(tmp_path, family)
     command = ["quantize", str(sparse), "--kind", kind]
-    command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"] if kind in GPTQ else []
+    command += ["--calibration", text, "--seq-len", "64", "--calibration-sequences", "4"] if kind in GPTQ else []
     for name, options in (("plain", []), ("packed", ["--packed", "--head", "source"])):
         assert main([*command, "--output-dir", str(tmp_path / name), *options]) == 0
         assert "2:4 verified" in capsys.readouterr().out
@@ -162,7 +162,7 @@ def test_a_large_head_becomes_int6_beside_integers(sizes, head, tmp_path, capsys
 
 def quantize(model, folder, text, kind, *options) -> None:
     """Quantizes with the command; int4 with a calibration text."""
-    read = ["--calibration", text, "--seq-len", "64", "--num-sequences", "19"] if kind in GPTQ else []
+    read = ["--calibration", text, "--seq-len", "64", "--calibration-sequences", "19"] if kind in GPTQ else []
     assert main(["quantize", str(model), "--kind", kind, *read, "--output-dir", str(folder), *options]) == 0
 
 
@@ -225,7 +225,7 @@ def test_int4_without_a_calibration_text_says_that_one_would_lose_less(sparse, t
         (["--pattern", "1:4"], "is not 1:4 in model.layers.0.self_attn.q_proj"),
         (["--pattern", "4:2"], "4:2"),
         (["--seq-len", "128"], "--seq-len"),
-        (["--num-sequences", "0"], "--num-sequences = 0"),
+        (["--calibration-sequences", "0"], "--calibration-sequences = 0"),
     ],
 )
 def test_the_command_complains_in_one_line_and_writes_nothing(options, named, sparse, tmp_path, capsys):
@@ -245,7 +245,18 @@ def test_int4_calibrates_on_a_column_or_on_conversations_in_a_given_template(tmp
         return tokens_of(ids, *args)
 
     monkeypatch.setattr(calibration_module, "draw_calibration", seen)
-    command = ["quantize", sparse, "--kind", "int4", "--calibration", chat, "--seq-len", "64", "--num-sequences", "4"]
+    command = [
+        "quantize",
+        sparse,
+        "--kind",
+        "int4",
+        "--calibration",
+        chat,
+        "--seq-len",
+        "64",
+        "--calibration-sequences",
+        "4",
+    ]
     assert main([*command, "--output-dir", str(tmp_path / "a"), "--column", "story"]) == 0
     given = ["--chat-template-path", str(template)]
     assert main([*command, "--output-dir", str(tmp_path / "b"), "--column", "messages", *given]) == 0
@@ -272,7 +283,7 @@ def test_a_dense_model_is_quantized_packed_with_its_head_and_runs(kind, head, ll
     packed = tmp_path / "packed"
     command = ["quantize", llama, "--kind", kind, "--packed", "--head", head, "--output-dir", str(packed)]
     if head != "int8":
-        command += ["--calibration", text, "--seq-len", "64", "--num-sequences", "4"]
+        command += ["--calibration", text, "--seq-len", "64", "--calibration-sequences", "4"]
     assert main(command) == 0
     assert "dense" in capsys.readouterr().out
     assert record_of(packed)["pattern"] is None

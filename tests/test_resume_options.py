@@ -72,14 +72,15 @@ OTHER: dict[str, Any] = {
     "chat_template_path": "template.jinja",
     "adam_betas": (0.8, 0.95),
     "seq_len": 16,
-    "num_sequences": 5,
+    "calibration_sequences": 5,
     "mask_iterations": 2,
     "num_train_epochs": 0.5,
     "report_to": ("none",),
     "timeout_s": 900.0,
     "sharding": "replicate",
     "device": "cpu",
-    "method": {"prune": "wanda", "train": "srste"},
+    "solver": "wanda",
+    "method": "srste",
     "lam": 1e-6,
     "kind": "int3",
     "scale_groups": 4,
@@ -191,15 +192,21 @@ def assert_no_mixture(run: Callable[[Path, Change], Any], context: Change, chang
 
 
 def prune(ground: Path, output: Path, options: Change) -> None:
-    options = {"model": "model", "num_sequences": 4, "seq_len": 32, **options}
-    if options.get("method") != "magnitude":
+    options = {"model": "model", "calibration_sequences": 4, "seq_len": 32, **options}
+    if options.get("solver") != "magnitude":
         options.setdefault("calibration", "a.jsonl")
     given = placed(ground, options)
     castlm.prune(given.pop("model"), given.pop("calibration", None), output_dir=output, **given)
 
 
 def quantize(ground: Path, output: Path, options: Change) -> None:
-    options = {"model": "model", "kind": "int4", "calibration": "a.jsonl", "num_sequences": 4, "seq_len": 32} | options
+    options = {
+        "model": "model",
+        "kind": "int4",
+        "calibration": "a.jsonl",
+        "calibration_sequences": 4,
+        "seq_len": 32,
+    } | options
     assert QuantizeCommand(output_dir=str(output), **placed(ground, options)).run() == 0
 
 
@@ -208,7 +215,6 @@ def with_context(
     name: str,
     contexts: list[Change],
     values: Change,
-    command: str,
     made: Callable[[Change], Any],
 ) -> tuple[Change, Change]:
     """The first context in which an option has an effect, and another value of the option.
@@ -221,7 +227,6 @@ def with_context(
     for context in contexts:
         now = (values | context).get(name, None if is_required(field) else default_of(field))
         found = OTHER.get(name)
-        found = found[command] if isinstance(found, dict) else found
         for value in other_values(field, hint, now) if found is None else [found]:
             try:
                 options = made(values | context | {name: value})
@@ -234,24 +239,24 @@ def with_context(
 
 PRUNE_CONTEXTS: list[Change] = [{}, {"reconstruct_epochs": 1}, {"rotate": "off"}]
 PRUNE_FIELDS = fields_of(PruneOptions)
-PRUNE_VALUES: Change = {"model": "model", "output_dir": "out", "calibration": "a.jsonl", "num_sequences": 4}
+PRUNE_VALUES: Change = {"model": "model", "output_dir": "out", "calibration": "a.jsonl", "calibration_sequences": 4}
 
 
 @pytest.mark.parametrize(
-    "name", slow_but(("method", "permute", "save_dtype"), sorted(PRUNE_FIELDS.keys() - UNTRIED.keys()))
+    "name", slow_but(("solver", "permute", "save_dtype"), sorted(PRUNE_FIELDS.keys() - UNTRIED.keys()))
 )
 def test_a_prune_is_not_continued_with_another(name, ground, tmp_path):
     def made(options: Change) -> PruneOptions:
         return PruneOptions(**options)
 
-    context, change = with_context(PRUNE_FIELDS, name, PRUNE_CONTEXTS, PRUNE_VALUES, "prune", made)
+    context, change = with_context(PRUNE_FIELDS, name, PRUNE_CONTEXTS, PRUNE_VALUES, made)
     assert_no_mixture(functools.partial(prune, ground), context, change, tmp_path)
 
 
 @pytest.mark.parametrize("options", [{"rotate": "off", "permute": False}, {"calibration": None}], ids=str)
 def test_a_start_without_a_step_that_it_had_is_another(options, ground, tmp_path):
     run = functools.partial(quantize if "calibration" in options else prune, ground)
-    context: Change = {} if "calibration" in options else {"method": "wanda"}
+    context: Change = {} if "calibration" in options else {"solver": "wanda"}
     assert_no_mixture(run, context, options, tmp_path)
 
 
@@ -265,7 +270,7 @@ def test_a_quantize_is_not_continued_with_another(name, ground, tmp_path):
         return QuantizeCommand(**options)
 
     contexts: list[Change] = [{"packed": True}] if name == "head" else [{}]
-    context, change = with_context(QUANTIZE_FIELDS, name, contexts, QUANTIZE_VALUES, "quantize", made)
+    context, change = with_context(QUANTIZE_FIELDS, name, contexts, QUANTIZE_VALUES, made)
     if name == "pattern":
         change = {"pattern": "dense"}
     assert_no_mixture(functools.partial(quantize, ground), context, change, tmp_path)
@@ -322,7 +327,7 @@ def changed_run(ground: Path, name: str) -> tuple[Change, Change]:
     def made(options: Change) -> Any:
         return config_of(ground, Path("out"), options)._joined()
 
-    return with_context(TRAIN_FIELDS, name, TRAIN_CONTEXTS, TRAIN_VALUES, "train", made)
+    return with_context(TRAIN_FIELDS, name, TRAIN_CONTEXTS, TRAIN_VALUES, made)
 
 
 @pytest.mark.parametrize("name", slow_but(("damping", "seed"), sorted(TRAIN_FIELDS.keys() - UNTRIED.keys())))
@@ -447,7 +452,7 @@ def test_an_edited_model_does_not_continue(name, what, ground, tmp_path):
         run(tmp_path, tmp_path / "out", more)
 
 
-@pytest.mark.parametrize("options", [{"reconstruct_epochs": 1}, slow({"method": "wanda"})], ids=str)
+@pytest.mark.parametrize("options", [{"reconstruct_epochs": 1}, slow({"solver": "wanda"})], ids=str)
 def test_a_killed_prune_with_a_step_switched_off_is_refused_and_continues_as_it_was(options, ground, tmp_path):
     prune(ground, tmp_path / "straight", options)
     with killed_in(StartFolder, "record", call=2):

@@ -26,7 +26,7 @@ from tests.tiny import TEXT, tiny_model
 
 
 def rates(kind: str, **over) -> list[float]:
-    fields = {"max_steps": 100, "learning_rate": 1.0, "warmup_ratio": 0.1, "min_lr_ratio": 0.1, **over}
+    fields = {"max_steps": 100, "learning_rate": 1.0, "warmup_steps": 0.1, "min_lr_ratio": 0.1, **over}
     config = TrainConfig.of("m", "d", "o", lr_scheduler_type=kind, **fields)
     return [config.optimizer.learning_rate_at(step) for step in range(100)] + [config.optimizer.learning_rate_at(100)]
 
@@ -38,6 +38,13 @@ def test_every_schedule_warms_up_and_stays_between_peak_and_end(kind):
     assert found[10] == pytest.approx(1.0)
     assert all(one >= other - 1e-12 for one, other in itertools.pairwise(found[10:]))
     assert found[-1] == pytest.approx(1.0 if kind == "constant" else 0.1)
+
+
+def test_a_warm_up_is_a_share_of_the_run_or_a_number_of_steps():
+    assert rates("cosine", warmup_steps=10) == rates("cosine", warmup_steps=0.1)
+    assert rates("cosine", warmup_steps=1)[:2] == pytest.approx([0.5, 1.0])
+    with pytest.raises(InputError, match=r"warmup_steps = 1\.5"):
+        rates("cosine", warmup_steps=1.5)
 
 
 def test_schedules_have_the_shape_of_their_name():
@@ -142,11 +149,11 @@ def test_weight_scaling_is_folded_after_compiled_blocks():
 
 def test_prune_and_verify_take_the_options_of_train(llama, text, tmp_path, capsys):
     base = ["prune", "--model", llama, "--output-dir", str(tmp_path / "out")]
-    assert "method sparsegpt needs a calibration text" in refused(base, capsys)
-    assert "revision main is for models of the hub" in refused([*base, "--method=magnitude", "--revision=main"], capsys)
+    assert "solver sparsegpt needs a calibration text" in refused(base, capsys)
+    assert "revision main is for models of the hub" in refused([*base, "--solver=magnitude", "--revision=main"], capsys)
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(json.dumps({"body": TEXT[at : at + 500]}) + "\n" for at in range(0, 8000, 500)))
-    wanda = [*base, "--method", "wanda", "--calibration", str(rows), "--num-sequences", "4", "--seq-len", "32"]
+    wanda = [*base, "--solver", "wanda", "--calibration", str(rows), "--calibration-sequences", "4", "--seq-len", "32"]
     assert "text" in refused(wanda, capsys)  # the default column is not there
     assert main([*wanda, "--column", "body", "--pattern", "4:8"]) == 0
     assert main(["verify", str(tmp_path / "out")]) == 0  # castlm.json says 4:8

@@ -190,13 +190,13 @@ def prune(*options: str) -> int:
     [
         ("llama", []),
         slow("llama", ["--rotate=off", "--no-permute"]),
-        slow("llama", ["--method=wanda"]),
+        slow("llama", ["--solver=wanda"]),
         slow("qwen3_moe", []),
     ],
 )
 def test_ranks_prune_a_folder_together_to_the_bits_of_one(family, over, text, tmp_path):
     model = str(save_tiny(tmp_path / "dense", family))
-    sizes = {"num_sequences": 40, "seq_len": 64, "memory": "block"}
+    sizes = {"calibration_sequences": 40, "seq_len": 64, "memory": "block"}
     for ranks in (1, 2, 4) if family == "qwen3_moe" else (1, 2):
         options = [*flags({"model": model, "calibration": text, "output_dir": tmp_path / str(ranks), **sizes}), *over]
         run_ranks(prune, ranks, *options, folder=tmp_path)

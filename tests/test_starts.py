@@ -28,11 +28,11 @@ def mine(monkeypatch):
 
 
 def test_a_solver_that_reads_no_text_needs_none(mine, llama, text, tmp_path):
-    arguments = ["--model", llama, "--method", "mine", "--output-dir"]
+    arguments = ["--model", llama, "--solver", "mine", "--output-dir"]
     assert command.main([*arguments, str(tmp_path / "command")]) == 0
-    castlm.prune(llama, output_dir=tmp_path / "api", method="mine")
+    castlm.prune(llama, output_dir=tmp_path / "api", solver="mine")
     assert all(verify(tmp_path / name).ok for name in ("command", "api"))
-    with pytest.raises(InputError, match=r"calibration = .* has an effect only with a method that reads a text"):
+    with pytest.raises(InputError, match=r"calibration = .* has an effect only with a solver that reads a text"):
         command.main([*arguments, str(tmp_path / "other"), "--calibration", text])
     config = small(llama, text, tmp_path / "run", init_from="mine", max_steps=2)
     assert config.needs("calibration_sequences") is not None

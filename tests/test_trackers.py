@@ -262,7 +262,7 @@ def test_an_upload_removes_the_weights_of_an_earlier_one_and_nothing_else(endpoi
     monkeypatch.setattr(Hub, "there", ["model.safetensors", "config.json", "notes.txt", "old/model.safetensors"])
     for name in ("config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (tmp_path / name).write_text("{}")
-    push(tmp_path, "me/run", private=False)
+    push(tmp_path, "me/run")
     (commit,) = Hub.commits
     assert [entry["value"]["path"] for entry in commit if entry["key"] == "deletedFile"] == ["model.safetensors"]
 
@@ -279,4 +279,4 @@ def test_an_upload_that_cannot_work_is_refused_before_the_run(endpoint, llama, t
 def test_a_failed_upload_says_how_to_send_the_result(endpoint, tmp_path, monkeypatch):
     monkeypatch.setattr(Hub, "do_POST", lambda self: self.answer({"error": "no"}, 403))
     with pytest.raises(InputError, match=f"hf upload me/run {tmp_path}"):
-        push(tmp_path, "me/run", private=False)
+        push(tmp_path, "me/run")

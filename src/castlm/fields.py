@@ -47,7 +47,8 @@ OTHER_NAMES = {
     "tensorboard": "report_to",
     "completion_only_loss": "assistant_only_loss",
     "dataset_text_field": "column",
-    "warmup_steps": "warmup_ratio",
+    "warmup_ratio": "warmup_steps",
+    "num_sequences": "calibration_sequences",
     "bf16": "precision",
     "fp16": "precision",
 }

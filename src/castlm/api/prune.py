@@ -26,7 +26,7 @@ if typing.TYPE_CHECKING:  # they import torch
     from castlm.distributed.world import World
     from castlm.oneshot.report import OneshotReport
 
-TEXT = Needs("a method that reads a text, such as wanda or sparsegpt", lambda options: options.reads_text)
+TEXT = Needs("a solver that reads a text, such as wanda or sparsegpt", lambda options: options.reads_text)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +41,7 @@ class OwnOptions:
         help="Folder for the pruned model.",
     )
 
-    method: str | None = choice(
+    solver: str | None = choice(
         None,
         all_methods,
         essential=True,
@@ -52,12 +52,12 @@ class OwnOptions:
     calibration: str | None = essential(
         None,
         needs=TEXT._replace(is_met=lambda options: options.takes_text),
-        help="Calibration text, for all methods except magnitude: a file, folder, glob or hub dataset, as "
+        help="Calibration text, for all solvers except magnitude: a file, folder, glob or hub dataset, as "
         "--dataset of castlm train.",
     )
 
     pattern: Pattern = like(ModelOptions, "pattern", essential=True)
-    num_sequences: int | None = number(
+    calibration_sequences: int | None = number(
         None,
         at_least=1,
         needs=TEXT,
@@ -118,14 +118,14 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
     """The options of a prune."""
 
     @property
-    def solver(self) -> str:
-        """`method`, or the default of the pattern."""
-        return self.method or default_method(self.pattern)
+    def solver_name(self) -> str:
+        """`solver`, or the default of the pattern."""
+        return self.solver or default_method(self.pattern)
 
     @property
     def takes_text(self) -> bool:
         """Whether a calibration text has a use."""
-        return method_of(self.solver, self.pattern).reads_text
+        return method_of(self.solver_name, self.pattern).reads_text
 
     @property
     def reads_text(self) -> bool:
@@ -133,7 +133,7 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
 
     @property
     def _reads(self) -> Reads:
-        return reads_of(method_of(self.solver, self.pattern), self.pattern)
+        return reads_of(method_of(self.solver_name, self.pattern), self.pattern)
 
     @property
     def is_calibrated(self) -> bool:
@@ -170,7 +170,8 @@ def prune(
         pattern: n:m, where n of every m consecutive weights along the input axis are kept.
         output_dir: the folder of the pruned model; without one, the result is a model in memory.
         tokenizer: of a model in memory; by default the one where it was loaded from.
-        options: as of `castlm prune`: `method`, `num_sequences`, `seq_len`, `start_effort`, `overwrite` and others.
+        options: as of `castlm prune`: `solver`, `calibration_sequences`, `seq_len`, `start_effort`, `overwrite` and
+            others.
 
     Returns:
         The result, whose `report` has the errors of all layers and the changes of basis.
@@ -216,7 +217,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
     from castlm.oneshot.draw import Draw
     from castlm.progress import shown_progress
 
-    pattern, method = options.pattern, options.solver
+    pattern, method = options.pattern, options.solver_name
     if options.memory == "block" and not locate(options.model).gguf:
         local_folder(options.model)
     basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
@@ -228,8 +229,8 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
             raise InputError(f"{why} takes the whole model in one process, not {world.size} ranks: leave out torchrun")
     if method_of(method, pattern).reads_text and options.calibration is None:
         raise InputError(
-            f"method {method} needs a calibration text: give {label('calibration', source)} FILE, or "
-            f"{label('method', source)} magnitude"
+            f"solver {method} needs a calibration text: give {label('calibration', source)} FILE, or "
+            f"{label('solver', source)} magnitude"
         )
     draw = None
     if options.calibration is not None:
@@ -237,7 +238,7 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
             documents=open_documents(
                 options.calibration, options, shown=functools.partial(shown_progress, is_main=world.is_main)
             ),
-            num_sequences=options.num_sequences,
+            num_sequences=options.calibration_sequences,
             seq_len=options.seq_len,
             seed=options.seed,
             precision=options.precision,

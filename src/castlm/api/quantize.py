@@ -86,7 +86,7 @@ class QuantizeOptions(TextOptions):
         "first layer has it, otherwise dense.",
     )
 
-    num_sequences: int = number(
+    calibration_sequences: int = number(
         64,
         at_least=1,
         needs=CALIBRATION,
@@ -154,7 +154,7 @@ def quantize(
         kind: "int8" and "fp8" round to the nearest, "int4" and "int3" by GPTQ.
         output_dir: the folder of the rounded model; without it and the option `gguf`, the result is a model in memory.
         tokenizer: of a model in memory; by default the one where it was loaded from.
-        options: as of `castlm quantize`: `packed`, `head`, `pattern`, `num_sequences`, `seq_len` and others.
+        options: as of `castlm quantize`: `packed`, `head`, `pattern`, `calibration_sequences`, `seq_len` and others.
 
     Returns:
         The result, whose `report` has codes, scales and errors by layer. With `packed=True` castlm's kernels run its
@@ -191,7 +191,9 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
         raise InputError("quantize writes a folder or a GGUF file: pass --output-dir FOLDER or --gguf FILE")
     calibration = None
     if options.calibration is not None:
-        calibration = CalibrationOptions(options.calibration, options.num_sequences, options.seq_len, options.seed)
+        calibration = CalibrationOptions(
+            options.calibration, options.calibration_sequences, options.seq_len, options.seed
+        )
     source = result_folder(options.model)
     if options.gguf is not None:
         output = Path(os.path.realpath(user_path(options.gguf)))

@@ -48,7 +48,7 @@ class _OwnOptions:
         help="Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train.",
     )
 
-    num_sequences: int | None = number(
+    calibration_sequences: int | None = number(
         None,
         at_least=1,
         needs=_TEXT,
@@ -120,7 +120,7 @@ class CutCommand(TextOptions, _OwnOptions):
         if self.calibration is not None:
             draw = Draw(
                 documents=open_documents(self.calibration, self, shown=shown_progress),
-                num_sequences=self.num_sequences,
+                num_sequences=self.calibration_sequences,
                 seq_len=self.seq_len,
                 seed=self.seed,
                 precision=self.precision,

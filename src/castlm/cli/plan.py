@@ -14,6 +14,8 @@ from castlm.fields import choice, essential, number, option, positional
 from castlm.names import aligned, duration
 from castlm.oneshot.methods import methods_of, trained_from
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
+from castlm.training.config import names_of
+from castlm.training.options import CheckpointOptions, EvaluationOptions
 from castlm_runtime.formats import rounded_formats
 from castlm_runtime.reading import read_json
 
@@ -84,7 +86,7 @@ class MemoryOptions:
     """Predict the memory of each rank of a run, from the model's config alone, without weights. The options are those
     of `castlm train`, so that a run's config.yaml fits. Without --gpu and without a GPU here, it is the plan of a run
     on this CPU; otherwise precision auto is planned as bf16. A teacher_cache is planned as full. With --prune, predict
-    `castlm prune`; its --method is --init-from here. With --quantize, predict `castlm quantize`.
+    `castlm prune`; its --solver is --init-from here. With --quantize, predict `castlm quantize`.
     """
 
     world_size: int = essential(
@@ -134,7 +136,10 @@ class MemoryOptions:
 
 def memory(arguments: list[str]) -> int:
     nothing = {"dataset": "none", "output_dir": "none"}
-    config, options = parse_train(arguments, "plan memory", MemoryOptions, nothing, lambda more: more.world_size)
+    of_files = {*names_of(CheckpointOptions), *names_of(EvaluationOptions)} - {"output_dir", "save_steps", "async_save"}
+    config, options = parse_train(
+        arguments, "plan memory", MemoryOptions, nothing, of_files, lambda more: more.world_size
+    )
     import torch
 
     from castlm.core.distill import default_chunk_tokens

@@ -29,7 +29,9 @@ class PruneCommand(PruneOptions):
             to_stdout(line)
         measure = f"castlm eval {shlex.quote(self.output_dir)} --text FILE"
         share = f"in {report.share:.2%} of the weights that the transformer blocks multiply by"
-        to_stdout(f"{self.output_dir}: {self.pattern} {share}, by {self.solver}, verified; measure it with: {measure}")
+        to_stdout(
+            f"{self.output_dir}: {self.pattern} {share}, by {self.solver_name}, verified; measure it with: {measure}"
+        )
         return 0
 
 

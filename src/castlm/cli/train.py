@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,7 @@ def parse_train(
     name: str = "train",
     more: type[Any] = PageOptions,
     unless_given: Mapping[str, Any] = types.MappingProxyType({}),
+    unread: Collection[str] = (),
     ranks_of: Callable[[Any], int | None] = lambda options: None,
 ) -> tuple[TrainConfig, Any]:
     """The options of a run: the recipe, then the files of `--config` in their order, then the command line.
@@ -59,6 +60,7 @@ def parse_train(
         name: the command; `finetune` makes a `FinetuneConfig`, which has no recipe.
         more: a dataclass of further options; its docstring describes a command other than `train` and `finetune`.
         unless_given: values of options of `castlm train` that this command needs no value for.
+        unread: options of castlm train that this command does not read. A file of `--config` may have them.
         ranks_of: the number of ranks of the run by the further options; None: as torchrun started them.
 
     Returns:
@@ -74,10 +76,12 @@ def parse_train(
     foreign = [option for title in of_other for option in names_of(sections[title])]
     titled: list[tuple[str, type[Any]]] = [*sections.items(), ("options", files), ("options", more)]
     given = read_arguments(
-        titled, arguments, name, about=kind if more is PageOptions else more, hidden=[*foreign, *unless_given]
+        titled, arguments, name, about=kind if more is PageOptions else more, hidden=[*foreign, *unless_given, *unread]
     )
     if found := [label(option, COMMAND_LINE) for option in foreign if option in given]:
         raise InputError(f"castlm {name} does not read {found[0]}: leave it out, or use castlm {other}")
+    if found := [label(option, COMMAND_LINE) for option in unread if option in given]:
+        raise InputError(f"castlm {name} does not read {found[0]}, an option of castlm train: leave it out")
     layers = [(path, read_yaml_mapping(path)) for path in given.pop("config", [])]
     further = {field.name: given.pop(field.name) for field in fields(more) if field.name in given}
     options = build(more, further, COMMAND_LINE)

@@ -215,11 +215,10 @@ class OptimizerOptions(Bounded):
         "warmup_stable_decay, which is constant until the last fifth of the run and then falls linearly.",
     )
 
-    warmup_ratio: float = number(
+    warmup_steps: float = number(
         0.05,
         at_least=0,
-        below=1,
-        help="Fraction of max_steps in which the learning rate rises linearly from 0.",
+        help="Steps in which the learning rate rises linearly from 0. Below 1, the share of max_steps.",
     )
 
     min_lr_ratio: float = number(
@@ -280,6 +279,8 @@ class OptimizerOptions(Bounded):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.warmup_steps > 1 and self.warmup_steps % 1:
+            raise InputError(f"warmup_steps = {self.warmup_steps}: give a whole number of steps, or a share below 1")
         if self.step_in_backward and self.gradient_accumulation_steps > 1:
             raise InputError(
                 f"step_in_backward: gradient_accumulation_steps {self.gradient_accumulation_steps} keeps the gradients "
@@ -289,7 +290,7 @@ class OptimizerOptions(Bounded):
     def learning_rate_at(self, step: int) -> float:
         """The learning rate of the 0-based `step`: linear from 0 over the warm-up, then as `lr_scheduler_type` says."""
         assert self.learning_rate is not None  # a run has filled the default in by now
-        warmup = round(self.warmup_ratio * self.max_steps)
+        warmup = round(self.warmup_steps * self.max_steps if self.warmup_steps < 1 else self.warmup_steps)
         if step < warmup:
             return self.learning_rate * (step + 1) / (warmup + 1)
         progress = (step - warmup) / max(1, self.max_steps - warmup)

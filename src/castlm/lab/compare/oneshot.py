@@ -30,7 +30,9 @@ def run_oneshot(config: OneshotConfig) -> None:
     pattern, device = config.pattern, choose_device(config.device)
     options = TextOptions.of(asdict(config))
     text = open_documents(config.calibration, options, split=config.calibration_split)
-    draw = Draw(documents=text, num_sequences=config.num_sequences, seed=config.seed, precision=config.precision)
+    draw = Draw(
+        documents=text, num_sequences=config.calibration_sequences, seed=config.seed, precision=config.precision
+    )
     inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
     with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
         begin_output(folder, "oneshot", resume=True)

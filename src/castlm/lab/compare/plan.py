@@ -140,7 +140,7 @@ class CompareConfig:
         help="Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text.",
     )
 
-    num_sequences: int = number(
+    calibration_sequences: int = number(
         128,
         at_least=1,
         help="Number of calibration sequences of one-shot methods.",
@@ -392,7 +392,7 @@ class Plan:
         variant = self.variants[name]
         fields = {**self.common, **variant}
         calibration = ("calibration", "calibration_split")
-        shared = {option.name for option in dataclasses.fields(OneshotConfig)} - {*calibration, "num_sequences"}
+        shared = {option.name for option in dataclasses.fields(OneshotConfig)} - {*calibration, "calibration_sequences"}
         unused = [option for option in variant if option not in shared]
         unused += ["left_dense"] if fields.get("left_dense") else []
         if unused:
@@ -401,7 +401,10 @@ class Plan:
                 "it out"
             )
         given = {option: value for option, value in fields.items() if option in shared}
-        given |= {**named, "num_sequences": self.command.num_sequences}  # of all rows alike, as the text
+        given |= {
+            **named,
+            "calibration_sequences": self.command.calibration_sequences,
+        }  # of all rows alike, as the text
         given |= dict(zip(calibration, self.texts["calibration"]))
         content = build(OneshotConfig, given, f"variant {name}").as_dict()
         del content["output_dir"]

@@ -199,7 +199,9 @@ def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     for variant, config in variants.items():
         method = str(config["method"])
         if method in ONESHOT:
-            found[variant] = {} if method == "magnitude" else {"num_sequences": config.get("num_sequences")}
+            found[variant] = (
+                {} if method == "magnitude" else {"calibration_sequences": config.get("calibration_sequences")}
+            )
             continue
         run = TrainConfig.from_mapping({**config, "output_dir": method})  # which no effect depends on
         own = [name for name in METHODS[method].options if run.needs(name) is None]

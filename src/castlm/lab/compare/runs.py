@@ -50,7 +50,7 @@ class OneshotConfig(ScoredTextOptions):
     pattern: Pattern = like(ModelOptions, "pattern")
     seq_len: int = SEQ_LEN
     """Tokens per sequence of the evaluation. Calibration sequences have the model's context, at most 2,048 tokens."""
-    num_sequences: int = 128
+    calibration_sequences: int = 128
     eval_tokens: int = 32768
     calibration_split: str = "train"
     eval_split: str = "validation"
