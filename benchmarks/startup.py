@@ -1,7 +1,7 @@
 """Start-up of the command: `castlm --help` and `castlm verify` against `python -c "import torch"`.
 
-`python -m benchmarks.startup FOLDER` measures `python -m castlm_runtime generate FOLDER` up to its first token: processor
-time with the process that renders the chat template, and the memory of the process at its peak. Linux alone.
+`python -m benchmarks.startup FOLDER` measures `python -m castlm_runtime generate FOLDER` up to its first token:
+processor time with the process that renders the chat template, and the memory of the process at its peak. Linux alone.
 """
 
 from __future__ import annotations
@@ -80,5 +80,7 @@ _PR_SET_CHILD_SUBREAPER = 36  # of linux/prctl.h
 
 if __name__ == "__main__":
     found, mib = first_token(sys.argv[1])
-    print(f"first token after {statistics.median(found):.2f} s of processor time ({min(found):.2f} .. {max(found):.2f})")
+    print(
+        f"first token after {statistics.median(found):.2f} s of processor time ({min(found):.2f} .. {max(found):.2f})"
+    )
     print(f"{mib:.0f} MiB at most")

@@ -76,7 +76,7 @@ def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
         *("hidden_act", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
     )
     config = {key: config[key] for key in kept} | {"architectures": ["LlamaForCausalLM"]}
-    config["quantization_config"] = {"quant_method": QUANT_METHOD, "version": 2, "weights": "castlm.safetensors"}
+    config["quantization_config"] = {"quant_method": QUANT_METHOD, "weights": "castlm.safetensors"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "ids.json").write_text(json.dumps(IDS) + "\n")
     tiny_tokenizer().save_pretrained(folder)

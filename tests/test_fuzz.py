@@ -163,7 +163,7 @@ def packed_file(metadata: bytes) -> bytes:
 
 
 SPEC = PackedSpec(rows=8, columns=8, n=2, m=4, values="bf16").as_dict()
-PACKED = {"version": 2, "tensors": {"model.layers.0.x": SPEC}}
+PACKED = {"features": 1, "tensors": {"model.layers.0.x": SPEC}}
 
 
 NAME = "model.layers.0.x.weight"

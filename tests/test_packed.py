@@ -1,5 +1,6 @@
 """The packed format: what goes in comes out bit for bit, and whatever is damaged is refused in one line."""
 
+import contextlib
 import itertools
 import json
 import re
@@ -26,7 +27,7 @@ from castlm.export.verify import verify
 from castlm.models.io import load_model, save_model
 from castlm.packed.tensor import pack, pack_integers, unpack
 from castlm.patterns import parse_pattern
-from castlm_runtime.packed import METADATA_KEY, PackedSpec, read_specs
+from castlm_runtime.packed import METADATA_KEY, Feature, PackedSpec, read_specs, to_metadata
 from castlm_runtime.stored import PACKED_INDEX as INDEX
 from castlm_runtime.stored import PACKED_SINGLE as FILE
 from castlm_runtime.stored import read_header
@@ -280,7 +281,7 @@ DAMAGES = {  # exit code of verify, and what all readers name
         2,
         r"up_proj\.values",
     ),
-    "newer": (lambda _, m: m.update({METADATA_KEY: '{"version": 99, "tensors": {}}'}), 2, "castlm pack"),
+    "newer": (lambda _, m: m.update({METADATA_KEY: '{"features": 1025, "tensors": {}}'}), 2, "1024.*castlm pack"),
     "older": (lambda _, m: m.update({METADATA_KEY: '{"version": 1, "tensors": {}}'}), 2, "1.*castlm pack"),
     "broken JSON": (lambda _, m: m.update({METADATA_KEY: m[METADATA_KEY][:-5]}), 2, "metadata of"),
     "lost entry": (drop_entry, 2, r"up_proj\.mask"),
@@ -325,10 +326,22 @@ def test_a_class_with_a_new_head_loads_a_packed_folder(pruned, tmp_path):
 )
 def test_hostile_metadata_are_refused(change, tmp_path):
     entry = {"shape": [8, 8], "pattern": "2:4", "values": "bf16", "transposed": False} | change
-    metadata = {METADATA_KEY: json.dumps({"version": 2, "tensors": {"x": entry}})}
+    metadata = {METADATA_KEY: json.dumps({"features": 63, "tensors": {"x": entry}})}
     save_file({"x.values": torch.zeros(8, 4)}, tmp_path / FILE, metadata)
     with pytest.raises(InputError, match="damaged"):
         read_specs(read_header(tmp_path / FILE))
+
+
+def test_a_file_names_the_features_that_its_tensors_need(tmp_path):
+    spec = PackedSpec(8, 8, 2, 4, "bf16")
+    entry = to_metadata({"x": spec, "y": PackedSpec(8, 8, 0, 0, "int6")})[METADATA_KEY]
+    assert json.loads(entry)["features"] == Feature.CODED_MASKS | Feature.INT6
+    values, mask = torch.zeros(8, 4, dtype=torch.bfloat16), torch.zeros(8, 1, dtype=torch.uint8)
+    for features, is_read in ((1, True), (63, True), (64, False), (65, False), (-1, False), ("1", False)):
+        metadata = {METADATA_KEY: json.dumps({"features": features, "tensors": {"x": spec.as_dict()}})}
+        save_file({"x.values": values, "x.mask": mask}, tmp_path / FILE, metadata)
+        with contextlib.nullcontext() if is_read else pytest.raises(InputError):
+            assert read_specs(read_header(tmp_path / FILE)) == {"x": spec}
 
 
 # ---- commands

@@ -329,7 +329,7 @@ def check_against_loading(folder: Path) -> bool:
 
 AT_TOP = {"transformers_weights": "sub/model.safetensors"}
 RENAMED = {"attribute_map": {"transformers_weights": "w"}, "w": "sub/model.safetensors"}
-QUANTIZED = {"quant_method": "castlm", "version": 2, "pattern": "2:4", "weights": "sub/castlm.safetensors"}
+QUANTIZED = {"quant_method": "castlm", "pattern": "2:4", "weights": "sub/castlm.safetensors"}
 REDIRECTIONS = {
     "transformers_weights": AT_TOP,
     "in place": {"transformers_weights": "./sub/../sub/model.safetensors"},

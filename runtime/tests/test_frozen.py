@@ -50,6 +50,8 @@ def test_the_c_code_of_the_page_decodes_masks_and_codes(tmp_path):
     page = (Path(__file__).parents[2] / "docs" / "reference" / "packed-format.md").read_text(encoding="utf-8")
     code = re.search(r"```c\n(.*?)```", page, re.S)
     assert code is not None
+    features = {name: int(bit) for name, bit in re.findall(r"CASTLM_(\w+) = (\d+)", code[1])}
+    assert features == {feature.name: feature.value for feature in packed.Feature}
     (tmp_path / "page.c").write_text(code[1].replace("static inline ", ""))
     subprocess.run(["cc", "-shared", "-fPIC", str(tmp_path / "page.c"), "-o", str(tmp_path / "page.so")], check=True)
     read = ctypes.CDLL(str(tmp_path / "page.so"))

@@ -230,12 +230,13 @@ class Quantized:
 
 @dataclass(frozen=True)
 class Packing:
-    """The packing of a model: the version of the packed format, and the castlm that wrote it."""
+    """The packing of a model: the castlm that wrote it. The weight files name the features of the format."""
 
-    format: int
     castlm: str
     head: str | None = None
     """The format of output head and embedding; None if they have the dtype of the files."""
+    format: int | None = None
+    """2 in folders whose files have a version in place of features."""
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from castlm_runtime.errors import InputError
 
-# Before numpy is imported: it starts threads to multiply matrices, and here it multiplies none (40 ms of processor time).
+# Before numpy is imported: it starts threads to multiply matrices, which takes 40 ms, and here it multiplies none.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 

@@ -12,18 +12,20 @@ A packed tensor `X.weight` of shape (out, in) is stored in safetensors as
 A dense tensor has no mask, and int6 is dense. The order is the same for every processor; `native.repack_` converts it
 to the order in which this processor reads.
 
-The entry "castlm" of the file's metadata is JSON: {"version": 2, "tensors": {X: {"shape", "pattern", "values",
-"transposed"}}}. A transposed tensor is one that transformers stores (in, out). A 3-D tensor that holds the matrices of
-all experts of a block has "experts", their number, and the shape (experts * out, in); its X is its whole name, even
-where that ends in `.weight`.
+The entry "castlm" of the file's metadata is JSON: {"features": 5, "tensors": {X: {"shape", "pattern", "values",
+"transposed"}}}. `features` are the bits of `Feature` that a reader must know. A transposed tensor is one that
+transformers stores (in, out). A 3-D tensor that holds the matrices of all experts of a block has "experts", their
+number, and the shape (experts * out, in); its X is its whole name, even where that ends in `.weight`.
 """
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import json
 import math
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,10 +39,21 @@ from castlm_runtime.errors import InputError
 from castlm_runtime.formats import FORMATS, ITEM_BYTES, PACKABLE
 from castlm_runtime.stored import OpenFiles, StoredTensor
 
-VERSION = 2
 METADATA_KEY = "castlm"
 
 _MOST_COLUMNS = 2**31 - 1
+_OLD_VERSION = 2  # of files that have a number in place of features
+
+
+class Feature(enum.IntFlag):
+    """What a reader must know beside values of 8 bits and more, bit masks, and scales: the bits that a file names."""
+
+    CODED_MASKS = 1
+    INT3 = 2
+    INT4 = 4
+    INT6 = 8
+    TRANSPOSED = 16
+    EXPERTS = 32
 
 
 @dataclass(frozen=True)
@@ -98,6 +111,20 @@ class PackedSpec:
     def rounded(self) -> bool:
         """Whether the values are integers with scales."""
         return FORMATS[self.values].rounds
+
+    @property
+    def features(self) -> Feature:
+        """What a reader of this tensor must know."""
+        found = Feature(0)
+        if self.m and 8 % self.m == 0:
+            found |= Feature.CODED_MASKS
+        if FORMATS[self.values].bits < 8:
+            found |= Feature[self.values.upper()]
+        if self.transposed:
+            found |= Feature.TRANSPOSED
+        if self.experts:
+            found |= Feature.EXPERTS
+        return found
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """dtype and shape of the stored tensors, by suffix: "values", "mask", "scales"."""
@@ -205,7 +232,8 @@ def _mask_tables(n: int, m: int) -> tuple[np.ndarray, np.ndarray]:
 def to_metadata(specs: Mapping[str, PackedSpec]) -> dict[str, str]:
     """The metadata of a file that holds the tensors of `specs`, by X."""
     tensors = {name: spec.as_dict() for name, spec in specs.items()}
-    return {"format": "pt", METADATA_KEY: json.dumps({"version": VERSION, "tensors": tensors})}
+    features = functools.reduce(operator.or_, (spec.features for spec in specs.values()), Feature(0))
+    return {"format": "pt", METADATA_KEY: json.dumps({"features": int(features), "tensors": tensors})}
 
 
 def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
@@ -215,7 +243,7 @@ def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
         tensors: all tensors of the files, by name.
 
     Raises:
-        InputError: damaged metadata or another version, stored tensors that are missing or differ from the metadata in
+        InputError: damaged metadata or unknown features, stored tensors that are missing or differ from the metadata in
             shape or dtype, parts that the metadata do not name, or a tensor stored plain too.
     """
     specs: dict[str, PackedSpec] = {}
@@ -245,13 +273,16 @@ def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
 def _parse(text: str, file: Path) -> dict[str, PackedSpec]:
     try:
         content = json.loads(text)
-        version = content["version"]
-        if version == VERSION:
+        version, features = content.get("version", _OLD_VERSION), content.get("features", 0)
+        unknown = features & ~int(~Feature(0)) if type(features) is int and features >= 0 else features
+        if version == _OLD_VERSION and unknown == 0:
             return {name: _spec(entry) for name, entry in content["tensors"].items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"the castlm metadata of {file} are damaged: pack the model again") from error
+    found = f"features {unknown!r:.40}" if version == _OLD_VERSION else f"the version {version!r:.40}"
     raise InputError(
-        f"{file} is in packed format {version!r}, and this castlm reads {VERSION}: write it again with castlm pack"
+        f"{file} has {found} of the packed format, which this castlm does not know: use a newer castlm-runtime, or "
+        "write it again with castlm pack"
     )
 
 

@@ -113,8 +113,8 @@ class ServeCommand:
 
         folder = engine_folder(self.path)
         if folder is not None:
-            tokenizer = Tokenizer.open(folder)  # before the model: reading it takes 40 MiB for a moment
-            return Model.open(folder, self.threads), tokenizer, Defaults.open(folder)
+            read = Tokenizer.open(folder)  # before the model: reading it takes 40 MiB for a moment
+            return Model.open(folder, self.threads), read, Defaults.open(folder)
         from castlm.models.io import load_weights, open_model
         from castlm.packed.in_engine import model_in_engine, tokenizer_in_engine, why_not_in_engine
 

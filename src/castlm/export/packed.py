@@ -67,7 +67,7 @@ from castlm.patterns import DENSE, parse_pattern
 from castlm.progress import note
 from castlm.say import Progress, Say, silent
 from castlm_runtime.formats import DEFAULT_HEAD, FORMATS, HEADS, ITEM_BYTES
-from castlm_runtime.packed import VERSION, PackedSpec, to_metadata
+from castlm_runtime.packed import PackedSpec, to_metadata
 from castlm_runtime.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, QUANT_METHOD, SINGLE, StoredTensor
 
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
@@ -413,7 +413,6 @@ def _write_packed_rest(
     config = read_config(source)
     config["quantization_config"] = {
         "quant_method": QUANT_METHOD,
-        "version": VERSION,
         "pattern": name,
         "weights": weights,
     }
@@ -428,7 +427,7 @@ def _write_packed_rest(
         recorded = recorded_pattern(facts) or pattern
         is_counted = recorded == pattern  # by `verify`, in a packed folder
         facts = replace(facts, pattern=str(recorded if is_counted else pattern))
-    packing = Packing(format=VERSION, castlm=__version__, head=head)
+    packing = Packing(castlm=__version__, head=head)
     facts = replace(facts, schema_version=SCHEMA_VERSION, packed=packing)
     _write_small_files(source, folder, config, facts, packed_card(source, facts, name))
 

@@ -25,7 +25,7 @@ from castlm.models.stored_layout import StoredLayout
 from castlm.packed import native
 from castlm.packed.experts import replace_experts_, take_stacks_apart_, unpack_experts_
 from castlm.packed.layers import PackedEmbedding, PackedLinear, PackedModule, can_pack_tables, onto_kernels_
-from castlm_runtime.packed import VERSION, PackedSpec, read_specs
+from castlm_runtime.packed import PackedSpec, read_specs
 from castlm_runtime.stored import (
     PACKED_SINGLE,
     QUANT_METHOD,
@@ -45,7 +45,6 @@ class CastlmConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed folder's config.json.
 
     Args:
-        version: version of the packed format.
         pattern: n:m, for people; the files record the pattern of each tensor.
         weights: the file with the weights, or the index of several.
         dequantize: unpack to dense layers while loading. Set it in the folder's config: transformers ignores a
@@ -59,14 +58,13 @@ class CastlmConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        version: int = VERSION,
         pattern: str = "",
         weights: str = PACKED_SINGLE,
         dequantize: bool = False,
         **_: Any,
     ):
         self.quant_method = QUANT_METHOD  # type: ignore[assignment]  # their enum has the methods of transformers alone
-        self.version, self.pattern, self.weights, self.dequantize = version, pattern, weights, dequantize
+        self.pattern, self.weights, self.dequantize = pattern, weights, dequantize
 
 
 class CastlmQuantizer(HfQuantizer):
