@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib
+import os
 import pkgutil
 import subprocess
 import sys
@@ -352,6 +353,28 @@ def test_the_list_of_commands_imports_nothing_heavy():
         "assert not {'torch', 'yaml', 'argparse', 'rich'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+@pytest.mark.parametrize(
+    ("line", "some", "none"),
+    [
+        ("castlm p", {"prune", "pack", "plan"}, {"train", "plan memory"}),
+        ("castlm plan ", {"check", "memory", "fit", "predict"}, {"train"}),
+        ("castlm plan memory --p", {"--pattern", "--prune", "--packed"}, {"--push-to-hub"}),
+        ("castlm train --learning", {"--learning-rate"}, {"--learning_rate"}),
+        ("castlm train --method s", {"ste", "srste"}, {"cast"}),
+        ("castlm prune --memory ", {"auto", "model", "block"}, {"--model"}),
+        ("python -m castlm quantize model --kind int", {"int8", "int4", "int3"}, {"fp8"}),
+    ],
+)
+def test_a_shell_completes_commands_options_and_names(line, some, none, tmp_path):
+    asked = {"_ARGCOMPLETE": "3" if line.startswith("python") else "1", "_ARGCOMPLETE_IFS": "\n", "COMP_LINE": line}
+    asked |= {"COMP_POINT": str(len(line)), "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "answer")}
+    code = "from castlm.cli.main import main; main([])"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, **asked}, check=True)
+    found = {word.strip() for word in (tmp_path / "answer").read_text().splitlines()}
+    assert some <= found
+    assert not none & found
 
 
 @dataclass

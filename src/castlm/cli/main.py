@@ -152,6 +152,10 @@ def _complain(reason: str) -> None:
 
 
 def _main(arguments: list[str]) -> int:
+    if "_ARGCOMPLETE" in os.environ:  # a shell asks
+        from castlm.cli.completion import complete_command
+
+        complete_command(COMMANDS, lambda name: COMMANDS[name].run(name, []))
     if not arguments or arguments[0] in ("-h", "--help"):
         print(usage())
         return 0 if arguments else 2

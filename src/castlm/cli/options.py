@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import shlex
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar
 
 import castlm.fields
+from castlm.cli import completion
 from castlm.core.errors import InputError
 from castlm.fields import (
     COMMAND_LINE,
@@ -81,6 +83,9 @@ def read_arguments(
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
     for kind, field in fields:
         _add(parser, field, hints_of(kind)[field.name])
+    if completion.IS_ASKED:
+        choices = {field.name: _choices(field, hints_of(kind)[field.name]) for kind, field in fields}
+        completion.complete_options(parser, choices, list(hidden))
     for argument in before_dashes:
         option = argument.partition("=")[0]
         if option.startswith("--") and option not in parser._option_string_actions:
@@ -208,6 +213,12 @@ def _described(kind: type[Any], field: dataclasses.Field[Any]) -> list[str]:
         return [head, *(" " * _INDENT + line for line in wrapped)]
     first, *rest = wrapped or [""]
     return [f"{head:{_INDENT}}{first}".rstrip(), *(" " * _INDENT + line for line in rest)]
+
+
+def _choices(field: dataclasses.Field[Any], hint: Any) -> list[str]:
+    """The names that an option takes; empty if it takes other values too."""
+    of_types = [typing.get_args(kind) for kind in alternatives(hint) if typing.get_origin(kind) is Literal]
+    return list(choices_of(field) or map(str, itertools.chain.from_iterable(of_types)))
 
 
 def _values(field: dataclasses.Field[Any], hint: Any) -> str:
