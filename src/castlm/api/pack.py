@@ -10,25 +10,26 @@ from typing import Any, Literal
 from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.nm import Pattern
-from castlm.fields import build, choice, option, parsed, positional
+from castlm.data.options import TextOptions
+from castlm.fields import Needs, build, choice, number, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
+from castlm_runtime.formats import FORMATS, HEADS
 
 if typing.TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
 
-    from castlm.api.objects import Model
+    from castlm.api.objects import Model, Text
     from castlm.export.packed import PackReport
 
 
-def head_formats() -> tuple[str, ...]:
-    """The choices of `head`."""
-    from castlm_runtime.formats import HEADS
+HEAD_CHOICES = (*HEADS, "source")
+"""Of the option `head`."""
+CALIBRATION = Needs("a calibration text, which int6, int4 and int3 read", lambda options: options.reads_text)
+READS = Needs("--head int6 or int4", lambda options: options.head in HEADS and FORMATS[options.head].reads_text)
 
-    return (*HEADS, "source")
 
-
-@dataclass
-class PackOptions:
+@dataclass(frozen=True)
+class PackOptions(TextOptions):
     """The options of packing."""
 
     model: str = positional(
@@ -53,10 +54,37 @@ class PackOptions:
 
     head: str | None = choice(
         None,
-        head_formats,
+        HEAD_CHOICES,
         help="int8 rounds the output head and the embedding, tied or not, with one scale per row, int6 and int4 "
         "with a scale for every 64 columns; source keeps them. The default is int6 where the layers are integers "
         "and head and embedding more than a tenth of the file, otherwise source.",
+    )
+
+    calibration: str | None = option(
+        None,
+        needs=READS,
+        help="Calibration text: a file, folder, glob or hub dataset. An int6 or int4 head is then rounded by least "
+        "squares on the hidden states that it reads; without a text, to the nearest.",
+    )
+
+    num_sequences: int = number(
+        64,
+        at_least=1,
+        needs=CALIBRATION,
+        help="Calibration sequences.",
+    )
+
+    seq_len: int = number(
+        512,
+        at_least=1,
+        needs=CALIBRATION,
+        help="Tokens per calibration sequence, at most the model's context length.",
+    )
+
+    seed: int = option(
+        0,
+        needs=CALIBRATION,
+        help="Seed for drawing calibration sequences.",
     )
 
     overwrite: bool = option(
@@ -64,10 +92,19 @@ class PackOptions:
         help="Replace an earlier result in output_dir.",
     )
 
+    @property
+    def reads_text(self) -> bool:
+        return self.calibration is not None
+
+    @property
+    def reads_text(self) -> bool:
+        return self.calibration is not None
+
 
 @with_keywords_of(PackOptions)
 def pack(
     model: Model,
+    text: Text | None = None,
     *,
     output_dir: str | Path | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -81,9 +118,11 @@ def pack(
     Args:
         model: a Hugging Face folder, a run of `train`, a hub id, a GGUF file, or "demo"; a `PreTrainedModel`, or the
             result of another call; n:m or dense.
+        text: the calibration text of an int6 or int4 head: a file, folder, glob or hub dataset, a list of texts, a
+            `datasets.Dataset`, or any other iterable of documents.
         output_dir: the folder of the packed model; without one, the result is a model in memory.
         tokenizer: of a model in memory; by default the one where it was loaded from.
-        options: as of `castlm pack`: `pattern`, `dtype`, `head` and `overwrite`.
+        options: as of `castlm pack`: `pattern`, `dtype`, `head`, `num_sequences` and others.
 
     Returns:
         The result, whose `report` has the number of packed tensors, and the bytes of the weight files before and after.
@@ -99,6 +138,7 @@ def pack(
     """
     with Objects(output_dir) as given:
         values = {"model": given.model(model, tokenizer), "output_dir": given.output_dir, **options}
+        values["calibration"] = given.text(text)
         chosen = build(PackOptions, {name: value for name, value in values.items() if value is not None})
         report = run_pack(chosen)
         return given.result(chosen.output_dir, report=report, unpack=False)
@@ -134,14 +174,20 @@ def run_unpack(source: str, output_dir: str, overwrite: bool) -> int:
 
 def run_pack(options: PackOptions) -> PackReport:
     """`pack` with converted options."""
+    from castlm.export.head import CalibrationOptions, head_hessian
     from castlm.export.packed import groups_of, pack_folder, pattern_of
     from castlm.files.output import check_output
     from castlm.models.locate import result_folder
     from castlm.progress import note, shown_progress
 
     groups = groups_of(options.model, pattern_of(options.model, options.pattern))
-    inputs = {"model": result_folder(options.model)}
+    source, hessian = result_folder(options.model), None
+    inputs = {"model": source, "calibration": options.calibration}
     folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
+    if options.calibration is not None:
+        calibration = CalibrationOptions(options.calibration, options.num_sequences, options.seq_len, options.seed)
+        with shown_progress("head, blocks") as progress:
+            hessian = head_hessian(source, calibration, options=options, progress=progress, say=note)
     with shown_progress("pack, tensors") as progress:
         return pack_folder(
             options.model,
@@ -149,6 +195,7 @@ def run_pack(options: PackOptions) -> PackReport:
             groups,
             dtype=options.dtype,
             head=options.head,
+            hessian=hessian,
             overwrite=options.overwrite,
             progress=progress,
             say=note,

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.api.objects import Objects, Result
-from castlm.api.pack import head_formats
+from castlm.api.pack import CALIBRATION, HEAD_CHOICES
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # they import torch
     from castlm.oneshot.steps.round import QuantizeReport
 
 FOLDER = Needs("output_dir", lambda options: options.output_dir is not None)
-CALIBRATION = Needs("a calibration text, which int6, int4 and int3 read", lambda options: options.reads_text)
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class QuantizeOptions(TextOptions):
 
     head: str | None = choice(
         None,
-        head_formats,
+        HEAD_CHOICES,
         needs=FOLDER,
         help="With --packed, int8 also rounds the output head and the embedding, tied or not, with one scale per "
         "row, int6 and int4 with a scale for every 64 columns, better with a calibration text; source keeps them. "
@@ -180,8 +179,9 @@ def quantize(
 def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeReport]:
     """`quantize` with converted options; returns the pattern that was verified, and the report."""
     from castlm.export.gguf import gguf_source
+    from castlm.export.head import CalibrationOptions
     from castlm.export.packed import pattern_of
-    from castlm.export.quantized import CalibrationOptions, quantize_folder
+    from castlm.export.quantized import quantize_folder
     from castlm.files.output import check_beside, check_output
     from castlm.hardware import choose_device
     from castlm.models.locate import result_folder

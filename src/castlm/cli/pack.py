@@ -10,7 +10,7 @@ from castlm.cli.options import to_stdout
 from castlm.fields import option, positional
 
 
-@dataclass
+@dataclass(frozen=True)
 class PackCommand(PackOptions):
     """Write a model for castlm's CPU kernels. A 2:4 layer in bf16 shrinks to 0.55 of its bytes; a dense one keeps its
     size.

@@ -135,6 +135,7 @@ def pack_folder(
     *,
     dtype: str | None = None,
     head: str | None = None,
+    hessian: Tensor | None = None,
     overwrite: bool = False,
     progress: Progress = silent,
     say: Say = silent,
@@ -153,6 +154,8 @@ def pack_folder(
         head: "int8" (a scale for each row), "int6" or "int4" (a scale for each 64 columns) rounds the output head and
             the embedding, tied or not; "source" keeps them. None is int6 where the layers are integers and the tables
             more than a tenth of the file, otherwise source.
+        hessian: of the output head's input, by which int6 and int4 are rounded, from `castlm.export.head.head_hessian`;
+            None rounds them to the nearest.
         overwrite: replace an earlier result in `folder`.
         progress: called with (tensors done, tensors in all).
         say: called with a line about the head where None chooses.
@@ -170,7 +173,7 @@ def pack_folder(
         _model_folder(source, temporary) as place,
     ):
         groups = groups_of(source, None if pattern is None else parse_pattern(pattern))
-        return pack_into(temporary, place, groups, dtype=dtype, head=head, progress=progress, say=say)
+        return pack_into(temporary, place, groups, dtype=dtype, head=head, hessian=hessian, progress=progress, say=say)
 
 
 @contextlib.contextmanager
@@ -220,7 +223,7 @@ def pack_into(
     Args:
         integers: codes and scales to store instead of the weights, by the name of the layer in the files; the weights
             in `source` are their products.
-        hessian: of the output head's input, by which int6 and int4 are rounded; None rounds them to the nearest.
+        hessian: as of `pack_folder`.
     """
     config, rounded = read_config(source), integers or {}
     if config.get("quantization_config"):

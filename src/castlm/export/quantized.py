@@ -6,7 +6,7 @@ import contextlib
 import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,7 +19,6 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import sparse_linears
-from castlm.data.calibration import calibration_sequences
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
@@ -28,6 +27,7 @@ from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import has_own_code, left_dense_reason, read_facts
 from castlm.export.gguf import check_layers, write_gguf
+from castlm.export.head import CalibrationOptions
 from castlm.export.hf import export_blocks, export_model
 from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
@@ -39,12 +39,10 @@ from castlm.models.architecture import is_vision_language, move_
 from castlm.models.gguf import GgufWeights
 from castlm.models.io import Loaded, config_hash, load_model, open_config, save_dtype, tokenizer_hash
 from castlm.models.stored_layout import StoredLayout
-from castlm.oneshot.draw import calibration_length
 from castlm.oneshot.folder import begun_work, block_file, remove_work
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.steps.round import (
     CODES,
-    HEAD_HESSIAN,
     SCALES,
     QuantizeReport,
     Round,
@@ -52,19 +50,9 @@ from castlm.oneshot.steps.round import (
     round_blocks,
     stored_layers,
 )
+from castlm.oneshot.steps.see_head import HEAD_HESSIAN, SeeHead
 from castlm.say import Progress, Say, silent
 from castlm_runtime.formats import FORMATS
-
-
-@dataclass(frozen=True)
-class CalibrationOptions:
-    """A calibration text for int4 or int3, and the draw of sequences from it."""
-
-    text: str
-    """A file, folder, glob or hub dataset."""
-    num_sequences: int = 64
-    seq_len: int = 512
-    seed: int = 0
 
 
 @torch.no_grad()
@@ -171,20 +159,19 @@ def quantize_folder(
     tokens: Tensor | None = None
     text: dict[str, Any] = {}
     if documents is not None and calibration is not None:
-        seq_len, seed = min(calibration.seq_len, calibration_length(model)), calibration.seed
-        tokens, _ = calibration_sequences(documents, encoder, calibration.num_sequences, seq_len, seed, say)
-        text = {"text": calibration.text, "text_sha256": documents.text_hash(), "seed": seed}
-    sees_head = packed and tokens is not None and (head is None or head_reads)
+        tokens = calibration.draw(documents, encoder, model, say)
+        text = calibration.record(documents)
+    see_head = SeeHead() if packed and tokens is not None and (head is None or head_reads) else None
     if checkpoint is None:
-        step = Round(kind, damping, "memory" if packed else "none", sees_head)
-        rounded = _rounded_whole(loaded, step, tokens, device, progress)
+        step = Round(kind, damping, "memory" if packed else "none")
+        rounded = _rounded_whole(loaded, step, see_head, tokens, device, progress)
     else:
-        step = Round(kind, damping, "blocks" if packed or gguf else "none", sees_head)
+        step = Round(kind, damping, "blocks" if packed or gguf else "none")
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
         known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
         known |= {"tokenizer": tokenizer_sha256, **text}
         rounded = _rounded_by_block(
-            loaded, checkpoint, kept_dtype, step, tokens, device, progress, folder, known, overwrite, say
+            loaded, checkpoint, kept_dtype, step, see_head, tokens, device, progress, folder, known, overwrite, say
         )
     origin = origin_of(name)
     with rounded as (report, write, integers, hessian):
@@ -222,7 +209,7 @@ def quantize_folder(
             plain = temporary / ".plain" / folder.name
             with naming_instead(temporary, folder), naming_instead(plain, name):
                 write_plain(plain)
-                pack_into(temporary, plain, groups, head=head, integers=integers(), hessian=hessian(), say=say)
+                pack_into(temporary, plain, groups, head=head, integers=integers(), hessian=hessian, say=say)
             shutil.rmtree(plain.parent)
     return report
 
@@ -235,21 +222,22 @@ class _Result(NamedTuple):
     """Writes it as a plain folder: `export_model` or `export_blocks`, with the model."""
     integers: Callable[[], Mapping[str, Rounded]]
     """Codes and scales by the name of the layer in the files."""
-    hessian: Callable[[], Tensor | None]
+    hessian: Tensor | None
     """The Hessian of the output head's input; None without a calibration text for it."""
 
 
 @contextlib.contextmanager
 def _rounded_whole(
-    loaded: Loaded, step: Round, tokens: Tensor | None, device: str, progress: Progress
+    loaded: Loaded, step: Round, see_head: SeeHead | None, tokens: Tensor | None, device: str, progress: Progress
 ) -> Iterator[_Result]:
     """Rounds the layers of a model in memory."""
     model = loaded.model
     move_(model, device)
-    report = round_blocks(MemoryModel(model, layers_to_round(model)), step, tokens, progress=progress)
+    source, then = MemoryModel(model, layers_to_round(model)), [see_head] if see_head else []
+    report = round_blocks(source, step, tokens, then=then, progress=progress)
     move_(model, "cpu")
     write = functools.partial(export_model, model, loaded.tokenizer)
-    yield _Result(report, write, lambda: stored_layers(model, report.layers), lambda: step.head_hessian)
+    yield _Result(report, write, lambda: stored_layers(model, report.layers), see_head and see_head.hessian)
 
 
 @contextlib.contextmanager
@@ -258,6 +246,7 @@ def _rounded_by_block(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     step: Round,
+    see_head: SeeHead | None,
     tokens: Tensor | None,
     device: str,
     progress: Progress,
@@ -277,12 +266,22 @@ def _rounded_by_block(
     source = StoredModel(model, checkpoint, layers_to_round(model), here, dtype)
     with begun_work(folder) as work:
         known = {**facts, "dtype": dtype_name(dtype)}
-        report = round_blocks(source, step, tokens, work, facts=known, restart=restart, progress=progress, say=say)
+        report = round_blocks(
+            source,
+            step,
+            tokens,
+            work,
+            then=[see_head] if see_head else [],
+            facts=known,
+            restart=restart,
+            progress=progress,
+            say=say,
+        )
         blocks = [block_file(work, index) for index in range(len(source.blocks))]
         write = functools.partial(
             export_blocks, model, loaded.tokenizer, blocks=blocks, outside=source.outside(), linked=False
         )
-        yield _Result(report, write, lambda: _codes_of(model, step.kind, blocks), lambda: _head_hessian(blocks[-1]))
+        yield _Result(report, write, lambda: _codes_of(model, step.kind, blocks), _head_hessian(blocks[-1]))
         remove_work(work)
 
 

@@ -6,7 +6,7 @@ compensates for their errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -29,7 +29,7 @@ from castlm.oneshot.run import run_start
 from castlm.oneshot.solvers import SOLVERS, whole_hessian
 from castlm.oneshot.source import MemoryModel, Source
 from castlm.oneshot.steps.base import Step
-from castlm.oneshot.walk import BlockInputs, Visit
+from castlm.oneshot.walk import Visit
 from castlm.say import Progress, Say, silent
 from castlm_runtime.formats import FORMATS
 
@@ -44,51 +44,28 @@ class Round(Step):
         kind: see `quantize_`.
         damping: of GPTQ.
         codes: where codes and scales are kept.
-        sees_head: whether it also sums the Hessian of the output head's input, which is kept beside the codes.
 
     Attributes:
         layers: codes and scales in memory by layer, on the CPU; for experts, by the layer's name and the expert's
             number.
-        head_hessian: in memory, if it has been summed.
         few_experts: by layer, the number of experts that saw all tokens because too few were routed to them.
     """
 
-    def __init__(self, kind: str, damping: float = 0.01, codes: Codes = "memory", sees_head: bool = False) -> None:
-        self.kind, self.damping, self.codes, self.sees_head = kind, damping, codes, sees_head
-        self.reads_text, self.needs_text = FORMATS[kind].reads_text or sees_head, False
+    def __init__(self, kind: str, damping: float = 0.01, codes: Codes = "memory") -> None:
+        self.kind, self.damping, self.codes = kind, damping, codes
+        self.reads_text, self.needs_text = FORMATS[kind].reads_text, False
         self.layers: dict[str, Rounded] = {}
-        self.head_hessian: Tensor | None = None
         self.few_experts: dict[str, int] = {}
 
     def __str__(self) -> str:
         return self.kind
 
     def options(self) -> dict[str, Any]:
-        return {"kind": self.kind, "damping": self.damping, "codes": self.codes, "sees_head": self.sees_head}
+        return {"kind": self.kind, "damping": self.damping, "codes": self.codes}
 
     def __call__(self, visit: Visit, report: OneshotReport) -> None:
         if not visit.inside:
             return
-        self._round(visit, report)
-        if self.sees_head and visit.inputs is not None and visit.index == len(visit.source.blocks) - 1:
-            self._see_head(visit, visit.inputs)
-
-    def _see_head(self, visit: Visit, inputs: BlockInputs) -> None:
-        hessian: Tensor | None = None
-        for hidden in inputs.leaving(visit.source):
-            rows = hidden.flatten(0, 1)  # (2, 512, 576) -> (1024, 576)
-            if hessian is None:
-                hessian = SOLVERS["sparsegpt"].zeros(rows)
-            SOLVERS["sparsegpt"].add(hessian, rows, inputs.num_sequences)
-        assert hessian is not None
-        check_finite_input("the output head", hessian)
-        hessian = whole_hessian(hessian).cpu()
-        if self.codes == "memory":
-            self.head_hessian = hessian
-        elif self.codes == "blocks":
-            visit.beside[HEAD_HESSIAN] = hessian
-
-    def _round(self, visit: Visit, report: OneshotReport) -> None:
         if visit.inputs is None or not FORMATS[self.kind].reads_text:
             to_nearest = round_in_groups if FORMATS[self.kind].group else round_rows
             for name, weight in matrices(visit.inside).items():
@@ -127,8 +104,6 @@ class Round(Step):
 
 CODES, SCALES = "codes:", "scales:"
 """Before the name of a layer whose codes or scales are in the file of a block."""
-HEAD_HESSIAN = "hessian:head"
-"""The name of the Hessian of the output head's input in the file of the last block."""
 
 
 def _result(name: str, weight: Tensor, error: float) -> LayerResult:
@@ -228,6 +203,7 @@ def round_blocks(
     calibration: Tensor | None,
     folder: Path | None = None,
     *,
+    then: Sequence[Step] = (),
     facts: Mapping[str, Any] | None = None,
     restart: bool = False,
     progress: Progress = silent,
@@ -236,10 +212,13 @@ def round_blocks(
     """Rounds the layers of `source` block by block: a `MemoryModel` in place, a `StoredModel` into `folder`.
 
     See `quantize_` for `calibration`, and `run_start` for the others.
+
+    Args:
+        then: further steps after `step`.
     """
-    assert calibration is None or step.reads_text
+    assert calibration is None or any(each.reads_text for each in (step, *then))
     text = None if calibration is None else CalibrationText(calibration)
-    done = run_start(source, [step], text, folder, facts=facts, restart=restart, progress=progress, say=say)
+    done = run_start(source, [step, *then], text, folder, facts=facts, restart=restart, progress=progress, say=say)
     num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
     return QuantizeReport(
         step.kind,
