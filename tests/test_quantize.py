@@ -17,7 +17,11 @@ from castlm.core.scaling import add_weight_scaling
 from castlm.core.sparsify import prune_, sparse_linears
 from castlm.data import calibration as calibration_module
 from castlm.data.calibration import draw_calibration
+from castlm.data.documents import open_documents
+from castlm.data.options import DEFAULTS
+from castlm.data.tokens import text_encoder
 from castlm.export import quantized
+from castlm.export.head import CalibrationOptions, head_hessian
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
@@ -28,6 +32,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.steps.round import quantize_
 from castlm.packed.tensor import pack_integers, unpack
+from castlm.say import silent
 from castlm_runtime.packed import read_specs
 from castlm_runtime.stored import read_header
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
@@ -473,3 +478,52 @@ def test_a_model_with_its_own_code_is_not_packed_and_says_so_first(tmp_path, mon
         quantized.quantize_folder(
             str(folder), tmp_path / "out", "int8", pattern=None, packed=True, trust_remote_code=True
         )
+
+
+@pytest.mark.parametrize("family", ["llama", slow("gpt2")])
+def test_the_hessian_of_a_head_is_of_the_hidden_states_that_the_model_gives_it(family, text, tmp_path, monkeypatch):
+    """With one block in memory as with the whole model; nothing of the model changes."""
+    folder = save_tiny(tmp_path / "model", family)
+    calibration = CalibrationOptions(text, num_sequences=19, seq_len=64)
+    by_block = head_hessian(str(folder), calibration)
+    model = load_model(str(folder)).model
+    drawn = calibration.draw(open_documents(text), text_encoder(tiny_tokenizer(), DEFAULTS), model, silent)
+    with torch.no_grad():
+        hidden = model.base_model(drawn)[0].flatten(0, 1)  # (19, 64, 32) -> (1216, 32)
+    expected = hidden.T @ hidden
+    monkeypatch.setattr("castlm.export.head.open_sharded", lambda *_, **__: None)
+    whole = head_hessian(str(folder), calibration)
+    assert torch.equal(by_block, whole)
+    factor = whole.diagonal().sum() / expected.diagonal().sum()
+    torch.testing.assert_close(whole, expected * factor)
+
+
+@pytest.mark.parametrize("kind", ["int4", slow("int6")])
+def test_pack_with_a_calibration_text_rounds_the_head_by_it_and_the_embedding_to_the_nearest(kind, text, tmp_path):
+    folder = save_tiny(tmp_path / "model", "llama")
+    command = ["pack", str(folder), "--head", kind, "--output-dir"]
+    read = ["--calibration", text, "--seq-len", "64", "--num-sequences", "19"]
+    assert main([*command, str(tmp_path / "nearest")]) == 0
+    assert main([*command, str(tmp_path / "by-text"), *read]) == 0
+    nearest, by_text = (load_file(tmp_path / name / "castlm.safetensors") for name in ("nearest", "by-text"))
+    changed = {name for name in nearest if not torch.equal(nearest[name], by_text[name])}
+    assert changed
+    assert all(name.startswith("lm_head.") for name in changed)
+    hessian = head_hessian(str(folder), CalibrationOptions(text, 19, 64))
+    head = load_file(folder / "model.safetensors")["lm_head.weight"]
+    rounded = round_table(head, kind, hessian)
+    assert torch.equal(by_text["lm_head.scales"].float(), rounded.scales)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["--calibration", "x.txt"], "--head int6 or int4"),
+        (["--head", "int8", "--calibration", "x.txt"], "--head int6 or int4"),
+        (["--head", "int4", "--seq-len", "64"], "a calibration text"),
+        (["--head", "int4", "--calibration", "no.txt"], "no.txt"),
+    ],
+)
+def test_pack_refuses_a_calibration_text_without_use(options, named, llama, tmp_path, capsys):
+    assert_refused([(["pack", llama, "--output-dir", str(tmp_path / "out"), *options], named)], capsys)
+    assert not (tmp_path / "out").exists()

@@ -16,9 +16,9 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
+from castlm.export.head import CalibrationOptions
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder
-from castlm.export.head import CalibrationOptions
 from castlm.export.quantized import quantize_folder
 from castlm.models.io import load_model
 from castlm.packed.layers import packed_linear

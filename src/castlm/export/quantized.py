@@ -237,7 +237,9 @@ def _rounded_whole(
     report = round_blocks(source, step, tokens, then=then, progress=progress)
     move_(model, "cpu")
     write = functools.partial(export_model, model, loaded.tokenizer)
-    yield _Result(report, write, lambda: stored_layers(model, report.layers), see_head and see_head.hessian)
+    yield _Result(
+        report, write, lambda: stored_layers(model, report.layers), None if see_head is None else see_head.hessian
+    )
 
 
 @contextlib.contextmanager
