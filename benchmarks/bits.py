@@ -28,6 +28,7 @@ from benchmarks.machine import machine, write_json
 from benchmarks.short_run import add_run_options
 from castlm.cli.main import main as castlm
 from castlm.facts import Facts
+from castlm_runtime.formats import FORMATS
 from castlm_runtime.packed import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
@@ -78,13 +79,14 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str,
     """One row: the perplexity of a run as trained, and that of its packed folder, with its bytes."""
     is_trained = way == WAYS[1]
     run = run_of(args, pattern, bits if is_trained else None, seed)
+    text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
     with tempfile.TemporaryDirectory() as folder:
         packed, figures = Path(folder) / "packed", Path(folder) / "figures.json"
         tables = {"head": head} if head else {}
         if is_trained:
-            _run("pack", run, output_dir=packed, **tables)
+            reads = head is not None and FORMATS[head].reads_text
+            _run("pack", run, output_dir=packed, **tables, **(text if reads else {}))
         else:
-            text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
             _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", **text, **tables)
         measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
         _run("eval", packed, text=args.eval_text, json=figures, **measured)
@@ -129,7 +131,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--eval-tokens", type=int, default=0)
-    parser.add_argument("--calibration", type=int, default=128, help="sequences, for rounding after training")
+    parser.add_argument(
+        "--calibration", type=int, default=128, help="sequences, for rounding and heads"
+    )
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of n:m and of rounded weights")
     parser.add_argument("--dense-rate", type=float, default=5e-4, help="of dense weights that are not rounded")
     parser.add_argument("--cells", nargs="+", default=CELLS)

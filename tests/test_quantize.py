@@ -447,7 +447,7 @@ def test_gptq_loses_less_of_the_output_than_the_nearest_and_every_pass_of_descen
 def test_a_table_is_rounded_in_parts_of_its_rows_each_by_the_hessian(monkeypatch):
     weight, x = sparse_weight(), correlated_inputs()
     hessian = x.T @ x
-    whole = round_in_groups(weight, hessian.clone(), kind="int6")
+    whole = round_in_groups(weight, hessian.clone(), damping=0.1, kind="int6")
     monkeypatch.setattr(rounding, "_TABLE_ROWS", 10)
     in_parts = round_table(weight, "int6", hessian)
     assert torch.equal(in_parts.codes, whole.codes)

@@ -96,10 +96,6 @@ class PackOptions(TextOptions):
     def reads_text(self) -> bool:
         return self.calibration is not None
 
-    @property
-    def reads_text(self) -> bool:
-        return self.calibration is not None
-
 
 @with_keywords_of(PackOptions)
 def pack(
