@@ -131,9 +131,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--eval-tokens", type=int, default=0)
-    parser.add_argument(
-        "--calibration", type=int, default=128, help="sequences, for rounding and heads"
-    )
+    parser.add_argument("--calibration", type=int, default=128, help="sequences, for rounding and heads")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of n:m and of rounded weights")
     parser.add_argument("--dense-rate", type=float, default=5e-4, help="of dense weights that are not rounded")
     parser.add_argument("--cells", nargs="+", default=CELLS)

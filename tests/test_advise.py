@@ -340,12 +340,12 @@ SHORT = ("--max-steps", "2", "--seq-len", "64")
 @needs_kernels
 @pytest.mark.slow
 def test_shrink_makes_the_packed_folder_and_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, capsys):
-    trained = Recipe(Option("int4", 2, 4, "int8"), 1.0)
+    trained = Recipe(Option("int4", 2, 4, "int4"), 1.0)  # whose head reads the text
     monkeypatch.setattr(recipes_module, "recipes", lambda: (INT8, trained))
     command = ["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), *SHORT]
     assert main(command) == 0
     specs = read_specs(read_header(tmp_path / "out" / "packed" / FILE)).values()
-    assert {(spec.values, spec.pattern) for spec in specs} == {("int4", "2:4"), ("int8", "dense")}
+    assert {(spec.values, spec.pattern) for spec in specs} == {("int4", "2:4"), ("int4", "dense")}
     assert_refused([(command, "--resume")], capsys)
     shutil.rmtree(tmp_path / "out" / "packed")
     assert main([*command, "--resume"]) == 0

@@ -49,6 +49,7 @@ class Recipe:
     def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
         """The commands that make it: a run in `folder`/run, if it trains, and the packed model in `folder`/packed."""
         run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
+        ends += ["--calibration", text] if FORMATS[self.option.head].reads_text else []
         if not self.trains:
             return [["quantize", model, "--kind", self.option.values, "--packed", *ends]]
         train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
