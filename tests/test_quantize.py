@@ -502,7 +502,7 @@ def test_the_hessian_of_a_head_is_of_the_hidden_states_that_the_model_gives_it(f
 def test_pack_with_a_calibration_text_rounds_the_head_by_it_and_the_embedding_to_the_nearest(kind, text, tmp_path):
     folder = save_tiny(tmp_path / "model", "llama")
     command = ["pack", str(folder), "--head", kind, "--output-dir"]
-    read = ["--calibration", text, "--seq-len", "64", "--num-sequences", "19"]
+    read = ["--calibration", text, "--seq-len", "64", "--calibration-sequences", "19"]
     assert main([*command, str(tmp_path / "nearest")]) == 0
     assert main([*command, str(tmp_path / "by-text"), *read]) == 0
     nearest, by_text = (load_file(tmp_path / name / "castlm.safetensors") for name in ("nearest", "by-text"))

@@ -67,7 +67,7 @@ class PackOptions(TextOptions):
         "squares on the hidden states that it reads; without a text, to the nearest.",
     )
 
-    num_sequences: int = number(
+    calibration_sequences: int = number(
         64,
         at_least=1,
         needs=CALIBRATION,
@@ -118,7 +118,7 @@ def pack(
             `datasets.Dataset`, or any other iterable of documents.
         output_dir: the folder of the packed model; without one, the result is a model in memory.
         tokenizer: of a model in memory; by default the one where it was loaded from.
-        options: as of `castlm pack`: `pattern`, `dtype`, `head`, `num_sequences` and others.
+        options: as of `castlm pack`: `pattern`, `dtype`, `head`, `calibration_sequences` and others.
 
     Returns:
         The result, whose `report` has the number of packed tensors, and the bytes of the weight files before and after.
@@ -181,7 +181,9 @@ def run_pack(options: PackOptions) -> PackReport:
     inputs = {"model": source, "calibration": options.calibration}
     folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
     if options.calibration is not None:
-        calibration = CalibrationOptions(options.calibration, options.num_sequences, options.seq_len, options.seed)
+        calibration = CalibrationOptions(
+            options.calibration, options.calibration_sequences, options.seq_len, options.seed
+        )
         with shown_progress("head, blocks") as progress:
             hessian = head_hessian(source, calibration, options=options, progress=progress, say=note)
     with shown_progress("pack, tensors") as progress:
