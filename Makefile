@@ -42,9 +42,10 @@ lint: setup
 bench: setup  # every benchmark on small shapes: whether it runs, no figures
 	$(BIN)/python -m benchmarks --quick
 
-wheels: setup  # of castlm-runtime, for x86-64 and 64-bit ARM; zig compiles for the other processor
-	$(BIN)/pip install --quiet ziglang
-	$(BIN)/python runtime/wheels.py --output-dir dist
+wheels:  # of castlm-runtime, for x86-64 and 64-bit ARM; zig compiles for the other processor
+	$(PYTHON) -m venv build/wheels
+	build/wheels/bin/pip install --quiet ziglang
+	build/wheels/bin/python runtime/wheels.py --output-dir dist
 
 docs: setup  # strict: a broken link or an undocumented name fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir build/site

@@ -1,0 +1,107 @@
+"""The wheels of castlm-runtime where they shall run: in an environment without torch or a compiler, and on 64-bit ARM.
+
+They are built here, or taken from the folder that CASTLM_WHEELS names, as before a release.
+"""
+
+import contextlib
+import importlib.util
+import os
+import platform
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slow  # each compiles all kernels
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "runtime" / "tests" / "frozen" / "int4-2of4"
+ARM_COMPILER, ARM_EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+TURNS = ["Tell me a story.", "Who is in it?", "Why?", "What comes next?", "And then?", "Goodbye."]
+
+
+def wheel(target: str, folder: Path) -> Path:
+    """The wheel for a processor."""
+    built = os.environ.get("CASTLM_WHEELS")
+    if not built:
+        script = ROOT / "runtime" / "wheels.py"
+        subprocess.run([sys.executable, script, "--output-dir", folder, "--targets", target], check=True)
+    found = list(Path(built or folder).glob(f"castlm_runtime-*{target}.whl"))
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.fixture
+def alone(tmp_path) -> Path:
+    """The Python of an environment that has the wheel with the extra `serve`, and what it depends on."""
+    built = wheel(platform.machine(), tmp_path / "dist")
+    assert built.stat().st_size < 6e6
+    subprocess.run([sys.executable, "-m", "venv", str(tmp_path / "alone")], check=True)
+    python = tmp_path / "alone" / "bin" / "python"
+    install = subprocess.run([python, "-m", "pip", "install", "-q", f"{built}[serve]"], capture_output=True, text=True)
+    if "Temporary failure in name resolution" in install.stderr or "Network is unreachable" in install.stderr:
+        pytest.skip("pip reaches no index of packages")
+    assert install.returncode == 0, install.stderr
+    return python
+
+
+@contextlib.contextmanager
+def served(python: Path, folder: Path):
+    """The address of a server in an environment of its own: no PYTHONPATH, no compiler in PATH."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [str(python), "-m", "castlm_runtime", "serve", str(folder), "--port", str(port)]
+    with subprocess.Popen(command, env={"PATH": str(python.parent)}, cwd=folder) as server:
+        try:
+            until = time.monotonic() + 120
+            while time.monotonic() < until and server.poll() is None:
+                with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health"):
+                    break
+                time.sleep(0.1)
+            yield f"http://127.0.0.1:{port}/v1"
+        finally:
+            server.terminate()
+
+
+def test_a_wheel_serves_a_chat_without_torch_and_without_a_compiler(alone, tmp_path):
+    import openai
+
+    listed = subprocess.run([alone, "-m", "pip", "list"], capture_output=True, text=True, check=True).stdout
+    assert not {"torch", "transformers", "castlm"} & {line.split()[0] for line in listed.splitlines()}
+    model = shutil.copytree(FOLDER, tmp_path / "model")
+    template = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
+    (model / "chat_template.jinja").write_text(template)
+    with served(alone, model) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
+        messages, lengths = [], []
+        for turn in TURNS:
+            messages.append({"role": "user", "content": turn})
+            reply = client.chat.completions.create(
+                model="model", messages=messages, max_tokens=8, temperature=0, extra_body={"ignore_eos": True}
+            )
+            assert reply.usage.completion_tokens == 8
+            lengths.append(reply.usage.prompt_tokens)
+            messages.append({"role": "assistant", "content": reply.choices[0].message.content})
+    assert lengths == sorted(set(lengths))  # each turn reads all turns before
+
+
+@pytest.mark.skipif(
+    not (importlib.util.find_spec("ziglang") and shutil.which(ARM_COMPILER) and shutil.which(ARM_EMULATOR)),
+    reason=f"needs ziglang, {ARM_COMPILER}, {ARM_EMULATOR} (PyPI: ziglang; Debian: g++-aarch64-linux-gnu, qemu-user)",
+)
+def test_the_library_of_the_arm_wheel_agrees_with_its_plain_path_under_emulation(tmp_path):
+    with zipfile.ZipFile(wheel("aarch64", tmp_path / "dist")) as files:
+        library = Path(files.extract("castlm_runtime/_kernels.so", tmp_path))
+    program, driver = tmp_path / "levels", ROOT / "tests" / "kernel_levels.cpp"
+    subprocess.run([ARM_COMPILER, "-std=c++17", "-O1", str(driver), str(library), "-o", str(program)], check=True)
+    system = ["-L", "/usr/aarch64-linux-gnu", "-E", f"LD_LIBRARY_PATH={library.parent}"]
+    for processor in ("max", "cortex-a72"):  # with and without products of four bytes
+        run = subprocess.run([ARM_EMULATOR, "-cpu", processor, *system, program], stdout=subprocess.PIPE, text=True)
+        assert (run.returncode, run.stdout.split()) == (0, ["plain", "neon"]), run.stdout
