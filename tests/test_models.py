@@ -178,6 +178,31 @@ def test_gguf_is_a_plain_model_after_load(tmp_path, capfd):
     assert "cannot load" in refusal(file)
 
 
+@pytest.mark.parametrize("embedding", ["Q4_0", "F16"])
+def test_a_table_that_a_gguf_file_holds_twice_is_measured_and_tied(embedding, tmp_path, capsys):
+    file, model = tmp_path / "twice.gguf", tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.model.embed_tokens.weight)
+    expected = write_gguf(file, model, embedding)
+    assert main(["unpack", str(file), "--output-dir", str(tmp_path / "apart")]) == 0
+    assert re.search(r"correlation (0\.99\d\d|1\.0000)\): --tie", capsys.readouterr().err)
+    assert not load_model(tmp_path / "apart").model.config.tie_word_embeddings
+    assert main(["unpack", str(file), "--output-dir", str(tmp_path / "tied"), "--tie"]) == 0
+    tied = load_model(tmp_path / "tied").model
+    finer = "lm_head.weight" if embedding == "Q4_0" else "model.embed_tokens.weight"
+    assert tied.lm_head.weight is tied.model.embed_tokens.weight
+    assert torch.equal(tied.lm_head.weight, expected[finer].bfloat16().float())
+
+
+def test_a_model_of_two_tables_is_not_tied(tmp_path, capsys):
+    file = tmp_path / "two.gguf"
+    write_gguf(file, tiny_model("llama"))
+    assert main(["unpack", str(file), "--output-dir", str(tmp_path / "out"), "--tie"]) == 2
+    assert re.search(r"two.gguf has two with the correlation -?0\.0\d", capsys.readouterr().err)
+    assert main(["unpack", str(file), "--output-dir", str(tmp_path / "out")]) == 0
+    assert "--tie" not in capsys.readouterr().err
+
+
 def test_the_fast_reader_of_gguf_reads_the_same_and_leaves_the_package_as_it_was(tmp_path):
     write_gguf(tmp_path / "tiny.gguf", tiny_model("llama"))
     import gguf

@@ -211,7 +211,7 @@ def save_tiny_with_images(folder: str | Path, family: str = "llava", seed: int =
     return Path(folder)
 
 
-def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
+def write_gguf(file: Path, model: PreTrainedModel, embedding: str = "Q8_0") -> dict[str, torch.Tensor]:
     """`model`, a tiny LLaMA, as llama.cpp stores it, matrices in Q8_0; returns the weights that must come out again."""
     import pytest
 
@@ -249,9 +249,10 @@ def write_gguf(file: Path, model: PreTrainedModel) -> dict[str, torch.Tensor]:
             writer.add_tensor(target, weight)
             expected[name] = tensor
             continue
-        quantized = gguf.quants.quantize(np.ascontiguousarray(weight), q8)
-        writer.add_tensor(target, quantized, raw_dtype=q8)
-        weight = gguf.quants.dequantize(quantized, q8)
+        form = gguf.GGMLQuantizationType[embedding] if target == "token_embd.weight" else q8
+        quantized = gguf.quants.quantize(np.ascontiguousarray(weight), form)
+        writer.add_tensor(target, quantized, raw_dtype=form)
+        weight = gguf.quants.dequantize(quantized, form)
         if kind in heads:
             weight = weight.reshape(heads[kind], -1, 2, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
         expected[name] = torch.tensor(weight)

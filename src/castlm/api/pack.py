@@ -140,24 +140,31 @@ def pack(
         return given.result(chosen.output_dir, report=report, unpack=False)
 
 
-def unpack(model: str | Path | Result, *, output_dir: str | Path | None = None, overwrite: bool = False) -> Result:
+def unpack(
+    model: str | Path | Result,
+    *,
+    output_dir: str | Path | None = None,
+    overwrite: bool = False,
+    tie: bool = False,
+) -> Result:
     """Writes a packed model or a GGUF file as a plain Hugging Face folder, which loads without castlm.
 
     Args:
         model: the folder of a packed model, a GGUF file, or the result of `pack`.
         output_dir: the folder of the plain model; without one, the result is a model in memory.
         overwrite: replace an earlier result in `output_dir`.
+        tie: keep one table for embedding and output head, the finer one, where a GGUF file holds two roundings of it.
 
     Raises:
-        InputError: not a packed folder, damaged files, or `output_dir` taken.
+        InputError: not a packed folder, damaged files, `output_dir` taken, or a GGUF file of one table with `tie`.
     """
     with Objects(output_dir) as given:
         source = given.model(model)
-        run_unpack(source, given.output_dir, overwrite)
+        run_unpack(source, given.output_dir, overwrite, tie)
         return given.result(given.output_dir)
 
 
-def run_unpack(source: str, output_dir: str, overwrite: bool) -> int:
+def run_unpack(source: str, output_dir: str, overwrite: bool, tie: bool = False) -> int:
     """`unpack` of a name into a folder; returns the number of tensors."""
     from castlm.export.packed import unpack_folder
     from castlm.files.output import check_output
@@ -165,7 +172,7 @@ def run_unpack(source: str, output_dir: str, overwrite: bool) -> int:
 
     folder = check_output(output_dir, overwrite=overwrite, inputs={"model": source})
     with shown_progress("unpack, tensors") as progress:
-        return unpack_folder(source, folder, overwrite=overwrite, progress=progress)
+        return unpack_folder(source, folder, overwrite=overwrite, tie=tie, progress=progress)
 
 
 def run_pack(options: PackOptions) -> PackReport:

@@ -45,7 +45,13 @@ class UnpackCommand:
         help="Replace an earlier result in output_dir.",
     )
 
+    tie: bool = option(
+        False,
+        help="Keep one table for embedding and output head, the finer one, where a GGUF file holds two roundings "
+        "of it.",
+    )
+
     def run(self) -> int:
-        count = run_unpack(self.path, self.output_dir, self.overwrite)
+        count = run_unpack(self.path, self.output_dir, self.overwrite, self.tie)
         to_stdout(f"{self.output_dir}: {count} tensors unpacked")
         return 0

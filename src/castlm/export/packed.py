@@ -47,7 +47,8 @@ from castlm.files.output import atomic_dir, refuse_undecodable
 from castlm.files.record import OUTPUT, RESULT
 from castlm.files.weights import Batch, Layout, file_names, write_weights
 from castlm.formats.rounding import Rounded, on_grid, round_table
-from castlm.models.architecture import shape_model
+from castlm.models.architecture import embedding_weight, output_head, shape_model
+from castlm.models.gguf import correlation_of_tables, forget_gguf, is_head_finer
 from castlm.models.io import load_model, open_config
 from castlm.models.layout import PACKED_NOTICE, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
@@ -70,6 +71,7 @@ from castlm_runtime.formats import DEFAULT_HEAD, FORMATS, HEADS, ITEM_BYTES
 from castlm_runtime.packed import PackedSpec, to_metadata
 from castlm_runtime.stored import INDEX, PACKED_INDEX, PACKED_SINGLE, QUANT_METHOD, SINGLE, StoredTensor
 
+_SAME_TABLE = 0.95  # of two roundings of one table, the correlation at least; of two tables of a model, far below
 _WEIGHTS = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf", ".bin.index.json")
 
 
@@ -189,10 +191,31 @@ def _model_folder(name: str | Path, within: Path) -> Iterator[Path]:
     shutil.rmtree(place.parent)
 
 
-def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False) -> int:
+def _dequantize(name: str | Path, folder: str | Path, overwrite: bool = False, tie: bool = False) -> int:
     """Writes the model of a GGUF file as a plain folder; returns the number of its tensors."""
     note(f"dequantizing {name}")
-    loaded = load_model(name, dtype=None)
+    loaded, where = load_model(name, dtype=None), locate(name)
+    file = Path(where.target) / where.gguf["gguf_file"]
+    correlation = correlation_of_tables(file)
+    is_twice = correlation is not None and correlation >= _SAME_TABLE
+    if tie and not is_twice:
+        found = "one of them alone" if correlation is None else f"two with the correlation {correlation:.3f}"
+        raise InputError(
+            f"--tie is for one table that is stored twice, as embedding and as output head, and {name} has {found}: "
+            "leave it out"
+        )
+    if is_twice and not tie:
+        note(
+            f"{name} holds one table twice, as embedding and as output head, each rounded (correlation "
+            f"{correlation:.4f}): --tie keeps the finer one for both"
+        )
+    if tie:
+        table, head = embedding_weight(loaded.model), output_head(loaded.model).weight
+        if is_head_finer(file):
+            table.data.copy_(head.data)
+        loaded.model.config.tie_word_embeddings = True
+        loaded.model.tie_weights()
+    forget_gguf()
     export_model(
         loaded.model,
         loaded.tokenizer,
@@ -439,12 +462,20 @@ def _write_packed_rest(
 
 
 def unpack_folder(
-    source: str | Path, folder: str | Path, *, overwrite: bool = False, progress: Progress = silent
+    source: str | Path,
+    folder: str | Path,
+    *,
+    overwrite: bool = False,
+    tie: bool = False,
+    progress: Progress = silent,
 ) -> int:
     """Writes the packed model in `source` as a plain model folder, with zeros, and verifies it.
 
     Floating-point values come back bit for bit, except that -0.0 may become 0.0. Integers come back as value times
     scale in the dtype of config.json. A GGUF file, or "demo", is dequantized and rounded to bf16.
+
+    Args:
+        tie: keep one table for embedding and output head, the finer one, where a GGUF file holds two roundings of it.
 
     Returns:
         The number of tensors that were unpacked or dequantized.
@@ -454,7 +485,9 @@ def unpack_folder(
             taken, or the disk full. `folder` is then as it was.
     """
     if locate(source, needs_weights=False).gguf:
-        return _dequantize(source, folder, overwrite)
+        return _dequantize(source, folder, overwrite, tie)
+    if tie:
+        raise InputError(f"--tie is for GGUF files, and {source} is none: leave it out")
     source = local_folder(source)
     config = read_config(source)
     stored = stored_tensors(source, config) if is_packed(config) else {}

@@ -121,6 +121,31 @@ def gguf_weights(file: Path, model: PreTrainedModel) -> GgufWeights | None:
     return GgufWeights(file, reader.mapped, tensors, processor) if len(tensors) == len(found) else None
 
 
+_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"  # names of llama.cpp
+
+
+def is_head_finer(file: Path) -> bool:
+    """Whether the output head of a GGUF file has more bits than its embedding."""
+    tensors = {tensor.name: tensor for tensor in reader_of(file).tensors}
+    return bool(tensors[_HEAD].n_bytes > tensors[_EMBEDDING].n_bytes)
+
+
+def correlation_of_tables(file: Path) -> float | None:
+    """The correlation between embedding and output head of a GGUF file, by up to 1,024 of their rows.
+
+    None where the file has one of them alone.
+    """
+    import gguf
+
+    tensors = {tensor.name: tensor for tensor in reader_of(file).tensors}
+    found = [tensors[name] for name in (_EMBEDDING, _HEAD) if name in tensors]
+    if len(found) < 2 or list(found[0].shape) != list(found[1].shape):
+        return None
+    chosen = np.linspace(0, len(found[0].data) - 1, _ROWS).astype(int)
+    embedding, head = (gguf.dequantize(np.ascontiguousarray(of.data[chosen]), of.tensor_type).ravel() for of in found)
+    return float(np.corrcoef(embedding, head)[0, 1])
+
+
 def num_elements(file: Path) -> int:
     """The number of weights in a GGUF file."""
     return sum(int(tensor.n_elements) for tensor in reader_of(file).tensors)
