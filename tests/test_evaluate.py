@@ -4,6 +4,7 @@ import hashlib
 import importlib.metadata
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +17,43 @@ from castlm.data.tokens import Encoder, token_ids
 from castlm.distributed.world import World
 from castlm.evaluation.answers import ask
 from castlm.evaluation.perplexity import evaluate_text, perplexity
+from castlm.facts import Facts
 from castlm.models.io import load_model
 from castlm.training.metrics import sequences
+from castlm.training.train import train
 from tests.refusals import refusal, refused
+from tests.runs import small
 from tests.slow import slow
-from tests.tiny import FAMILIES, tiny_model, tiny_tokenizer
+from tests.tiny import FAMILIES, TEXT, tiny_model, tiny_tokenizer
 
 
 def test_options_of_a_text_without_a_text_are_refused(capsys):
     assert "--stride = 5 has an effect only with a text" in refused(
         ["eval", "model", "--tasks", "piqa", "--stride", "5"], capsys
     )
+
+
+@pytest.mark.parametrize(
+    "over", [{}, {"eval_dataset": ("a.txt", "b.txt"), "eval_tokens": 200}], ids=["held out", "texts"]
+)
+def test_a_run_repeats_its_own_figure(over, llama, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b.txt"):
+        Path(name).write_text(TEXT[: len(TEXT) // 2] if name == "a.txt" else TEXT[len(TEXT) // 2 :])
+    train(small(llama, text, tmp_path / "run", init_from="magnitude", max_steps=2, decay_end=1.0, **over))
+    facts = Facts.read(tmp_path / "run" / "model")
+    assert main(["eval", "run", "--json", "-"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["perplexity"] == pytest.approx(facts.perplexity.final, rel=1e-4)
+    assert (found["seq_len"], found["stride"], found["text"]) == (32, 32, facts.measured.text)
+    assert found["text_sha256"] == facts.measured.text_sha256
+    assert main(["eval", "run", "--seq-len", "16"]) == 0
+    assert f"of {facts.measured.text}, context 16, stride 16" in capsys.readouterr().out
+    assert "--eval-tokens = 5 has an effect only with a text" in refused(["eval", "run", "--eval-tokens", "5"], capsys)
+    if over:
+        Path("a.txt").write_text("another text\n" * 20)
+        assert "has changed: give --text FILE" in refused(["eval", "run"], capsys)
+    assert "nothing to evaluate on" in refused(["eval", llama], capsys)
 
 
 def some_ids(count, seed=0):

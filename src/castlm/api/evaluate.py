@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from castlm.api.objects import Objects
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import Needs, build, label, like, number, option, positional
-from castlm.training.options import ModelOptions, RuntimeOptions
+from castlm.facts import Conditions, Facts
+from castlm.fields import Needs, build, checked, label, like, number, option, positional
+from castlm.files.record import RESULT
+from castlm.training.config import names_of
+from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions
 
 if TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
 
     from castlm.api.objects import Model, Text
+    from castlm.models.io import Loaded
 
 TEXT = Needs("a text", lambda options: options.reads_text)
+FIGURE = Needs("a text, or the figure of a run", lambda options: options.reads_text or options.repeats)
 PROMPTS = Needs("prompts", lambda options: options.prompts is not None)
 TASKS = Needs("tasks", lambda options: options.tasks is not None)
 
@@ -50,14 +56,14 @@ class EvaluateOptions(ScoredTextOptions):
 
     seq_len: int | None = option(
         None,
-        needs=TEXT,
-        help="Tokens per sequence. The default is 1024, or the model's context length if that is shorter. "
-        "Perplexities at different lengths cannot be compared.",
+        needs=FIGURE,
+        help="Tokens per sequence. The default is 1024, or the model's context length if that is shorter; without a "
+        "text, that of the run. Perplexities at different lengths cannot be compared.",
     )
 
     stride: int | None = option(
         None,
-        needs=TEXT,
+        needs=FIGURE,
         help="Tokens between the starts of two sequences. The default is seq_len: sequences do not overlap.",
     )
 
@@ -108,9 +114,10 @@ class EvaluateOptions(ScoredTextOptions):
         help="Temperature of the answers. 0 always takes the most probable token.",
     )
 
-    precision: Literal["auto", "fp32", "bf16"] = option(
-        "fp32",
-        help="Compute type of the forward pass. auto: bf16 if the hardware multiplies it faster.",
+    precision: Literal["auto", "fp32", "bf16"] | None = option(
+        None,
+        help="Compute type of the forward pass. The default is fp32; without a text, that of the run. auto: bf16 if "
+        "the hardware multiplies it faster.",
     )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
@@ -121,6 +128,11 @@ class EvaluateOptions(ScoredTextOptions):
     @property
     def reads_text(self) -> bool:
         return self.text is not None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the evaluation is that of a run, as the run made it."""
+        return self.text is None and self.tasks is None and self.prompts is None
 
 
 @dataclass(frozen=True)
@@ -161,7 +173,8 @@ def evaluate(
         model: a Hugging Face folder, plain or packed, a run of `train`, a hub id, a GGUF file, or "demo"; a
             `PreTrainedModel`, or the result of another call. For a model in memory and token ids, see `perplexity`.
         text: a file, folder, glob or hub dataset, a list of texts, a `datasets.Dataset`, or any other iterable of
-            documents.
+            documents. Without one, and without tasks and prompts, a run repeats its own figure: on its texts, with its
+            `seq_len` and precision.
         tasks: names of lm-eval, separated by commas, such as "piqa,arc_easy".
         tokenizer: of a model in memory; by default the one where it was loaded from.
         options: as of `castlm eval`: `prompts`, `teacher`, `seq_len`, `stride`, `eval_tokens`, `limit` and others.
@@ -183,14 +196,63 @@ def evaluate(
 
 
 def check(options: EvaluateOptions, source: str = "") -> None:
-    """Raises `InputError` if there is no text, task or prompt.
+    """Raises `InputError` if there is no text, task or prompt, and the model is not the result of a run.
 
     Args:
         source: `COMMAND_LINE` if the options are from there; errors then write `--text` instead of `text`.
     """
     text, tasks, prompts = (label(name, source) for name in ("text", "tasks", "prompts"))
-    if options.text is None and options.tasks is None and options.prompts is None:
+    if options.repeats and _own_figure(options.model) is None:
         raise InputError(f"nothing to evaluate on: give {text} FILE, {tasks} piqa,arc_easy or {prompts} FILE")
+
+
+class _OwnFigure(NamedTuple):
+    """The figure of a run: its conditions, and the options of its texts."""
+
+    conditions: Conditions
+    data: DataOptions
+    evaluation: EvaluationOptions
+
+
+def _own_figure(model: str) -> _OwnFigure | None:
+    """The figure in the castlm.json of a run; None if the model is no result of a run."""
+    from castlm.models.locate import result_folder
+
+    folder = Path(result_folder(model))
+    if not folder.is_dir():
+        return None
+    facts = Facts.read(folder)
+    data, evaluation = (
+        {name: value for name, value in (facts.config or {}).items() if name in names_of(section)}
+        for section in (DataOptions, EvaluationOptions)
+    )
+    if facts.measured is None or "dataset" not in data:
+        return None
+    source = str(folder / RESULT)
+    return _OwnFigure(
+        facts.measured,
+        DataOptions(**checked([DataOptions], data, source)),
+        EvaluationOptions(**checked([EvaluationOptions], evaluation, source)),
+    )
+
+
+def _repeat(own: _OwnFigure, loaded: Loaded, options: EvaluateOptions, **how: Any) -> dict[str, Any]:
+    """Measures the figure of a run again, on its texts; raises `InputError` if they have changed."""
+    from castlm.data.documents import joined_digest
+    from castlm.data.scored import ScoredText
+    from castlm.data.tokens import open_encoder
+    from castlm.evaluation.perplexity import evaluate_tokens
+    from castlm.training.text import open_splits, scored_parts
+
+    documents, held_out = open_splits(own.data, own.evaluation)
+    digest = joined_digest([text.text_hash() for text in held_out])
+    if digest != own.conditions.text_sha256:
+        raise InputError(f"the evaluation text of the run, {own.conditions.text}, has changed: give --text FILE")
+    code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
+    encoder = open_encoder([documents, *held_out], loaded.tokenizer, options.model, own.data, **code)
+    text = ScoredText.joined(scored_parts(held_out, encoder, own.evaluation))
+    identity = {"text": own.conditions.text, "text_sha256": digest, "tokenizer": encoder.tokenizer_name}
+    return evaluate_tokens(loaded.model, text, identity, **how)
 
 
 def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]:
@@ -219,7 +281,9 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
     loaded = load_model(options.model, unpack=device != "cpu", **code)  # measures the computation of castlm generate
     model = loaded.model
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
-    precision = choose_precision(options.precision, model.device, model.config)
+    own = _own_figure(options.model) if options.repeats else None
+    precision = options.precision or ("fp32" if own is None else own.conditions.precision)
+    precision = choose_precision(precision, model.device, model.config)
     if slow := why_slow(precision, model.device):
         note(slow)
     dtype = torch.bfloat16 if precision == "bf16" else None
@@ -237,6 +301,11 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
                 autocast_dtype=dtype,
                 progress=progress,
             )
+    if own is not None:
+        seq_len = options.seq_len or own.conditions.seq_len
+        with shown_progress("perplexity, sequences") as progress:
+            how = {"seq_len": seq_len, "stride": options.stride or seq_len, "autocast_dtype": dtype}
+            figures |= _repeat(own, loaded, options, **how, progress=progress)
     if options.tasks is not None:
         figures["zero_shot"] = zero_shot(
             model, loaded.tokenizer, names, folder=options.tasks_from, limit=options.limit, autocast_dtype=dtype

@@ -28,11 +28,11 @@ class EvalCommand(EvaluateOptions):
         write_json(self.json, figures)
         if self.json == "-":
             return 0
-        if self.text is not None:
+        if "perplexity" in figures:
             which = "" if figures["tokens"] == "all" else f"{figures['tokens']} "
             to_stdout(
                 f"perplexity {figures['perplexity']:.4f}  ({figures['num_tokens']:,} {which}tokens of "
-                f"{self.text}, context {figures['seq_len']}, stride {figures['stride']})"
+                f"{self.text or figures['text']}, context {figures['seq_len']}, stride {figures['stride']})"
             )
         for row in figures.get("zero_shot", {}).get("results", []):
             error = "" if row["stderr"] is None else f" ± {row['stderr']:.4f}"

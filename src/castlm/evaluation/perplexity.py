@@ -204,14 +204,25 @@ def evaluate_text(
         limit: at most this many tokens of the text; None takes all.
         autocast_dtype, options: as for `perplexity`.
     """
-    text = scored_text(documents, encoder, limit)
+    text, name = scored_text(documents, encoder, limit), Path(documents.name).name
+    identity = {"text": name, "text_sha256": documents.text_hash(), "tokenizer": encoder.tokenizer_name}
+    return evaluate_tokens(model, text, identity, autocast_dtype=autocast_dtype, **options)
+
+
+def evaluate_tokens(
+    model: PreTrainedModel,
+    text: ScoredText,
+    identity: dict[str, str],
+    *,
+    autocast_dtype: torch.dtype | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """`evaluate_text` for tokens, with the name and hash of their text and the name of their tokenizer."""
     result = perplexity(model, text, autocast_dtype=autocast_dtype, **options)
     return dataclasses.asdict(result) | {
-        "text": Path(documents.name).name,
-        "text_sha256": documents.text_hash(),
+        **identity,
         "text_tokens": len(text.ids),
         "tokens": text.tokens,
-        "tokenizer": encoder.tokenizer_name,
         "dtype": dtype_name(autocast_dtype or model.dtype),
         "device": model.device.type,
         "versions": library_versions("torch", "transformers"),

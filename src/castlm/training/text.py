@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,7 +87,7 @@ def steps_of_epochs(
 
     Raises `InputError` for a stream of the hub, whose length is not known, or a mixture, which has no end.
     """
-    documents, _ = _open_splits(data, evaluation, indexes)
+    documents, _ = open_splits(data, evaluation, indexes)
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)
@@ -97,7 +98,7 @@ def steps_of_epochs(
     return max(1, math.ceil(num_epochs * tokens / (global_batch * data.seq_len)))
 
 
-def _open_splits(
+def open_splits(
     data: DataOptions, evaluation: EvaluationOptions, indexes: LineIndexes | None = None
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
@@ -110,6 +111,15 @@ def _open_splits(
         parts, held_out = [part for part, _ in splits], [part for _, part in splits]
     mixed = parts[0] if len(parts) == 1 else Mixture(parts, list(data.datasets.values()))
     return mixed, held_out
+
+
+def scored_parts(
+    texts: Sequence[Documents | HubDocuments], encoder: Encoder, evaluation: EvaluationOptions
+) -> list[ScoredText]:
+    """The tokens of each evaluation text of a run."""
+    # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
+    seed = None if evaluation.eval_datasets else 0
+    return [scored_text(each, encoder, evaluation.eval_tokens or None, seed=seed) for each in texts]
 
 
 def open_training_text(
@@ -137,7 +147,7 @@ def open_training_text(
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
     indexes = indexes or LineIndexes()
-    documents, held_out = _open_splits(data, evaluation, indexes)
+    documents, held_out = open_splits(data, evaluation, indexes)
     general = None
     if evaluation.general_dataset is not None:
         general = open_documents(evaluation.general_dataset, data, split=evaluation.eval_split, indexes=indexes)
@@ -154,9 +164,7 @@ def open_training_text(
         world_size=world.size,
         prefetch=True,
     )
-    # A held-out part of the training text is sampled with a fixed seed: its hash does not depend on the run's seed.
-    seed = None if evaluation.eval_datasets else 0
-    tokens = [scored_text(each, encoder, evaluation.eval_tokens or None, seed=seed) for each in scored]
+    tokens = scored_parts(scored, encoder, evaluation)
     for name, part in zip((each.name for each in scored), tokens):
         check_vocabulary(part.ids, vocab_size)
         if len(part.ids) < 2 or not part.sequences(data.seq_len, data.seq_len):
