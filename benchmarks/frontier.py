@@ -49,7 +49,7 @@ from benchmarks.caches import cache_keyword, cache_of
 from benchmarks.machine import machine, write_json
 from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
 from benchmarks.speeds import TOKEN, Castlm, Contestant, LlamaCpp, Peer, in_turns, num_tokens
-from castlm.cli.options import result_folder
+from castlm.cli.command_line import result_folder
 from castlm.core.nm import NM
 from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.data.calibration import calibration_sequences

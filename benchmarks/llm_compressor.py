@@ -26,7 +26,7 @@ from typing import Any
 import castlm
 from benchmarks.machine import machine, write_json
 from benchmarks.peer_process import has_packages
-from castlm.cli.options import command_line
+from castlm.cli.command_line import command_line
 from castlm.cli.prune import PruneCommand
 from castlm.data.calibration import CalibrationText, calibration_sequences
 from castlm.data.documents import open_documents

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from benchmarks.machine import machine, proc_status, write_json
+from castlm.cli.command_line import command_line
 from castlm.cli.main import main as castlm
-from castlm.cli.options import command_line
 from castlm.cli.prune import PruneCommand
 from castlm.cli.quantize import QuantizeCommand
 from castlm.core.blocks import in_block

@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from castlm import progress
+from castlm.cli.command_line import check_json_path, result_folder, write_json
 from castlm.cli.main import COMMANDS, Command, main
-from castlm.cli.options import check_json_path, result_folder, write_json
 from castlm.cli.train import run_training
 from castlm.core.errors import DivergedError, InputError
 from castlm.facts import Facts, Verdict

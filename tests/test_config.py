@@ -14,7 +14,7 @@ import pytest
 import yaml
 
 import castlm.methods
-from castlm.cli.options import command_line, parse
+from castlm.cli.command_line import command_line, parse
 from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError

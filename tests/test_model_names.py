@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from castlm.cli.command_line import read_arguments
 from castlm.cli.main import main
-from castlm.cli.options import read_arguments
 from castlm.cli.pack import PackCommand
 from castlm.cli.prune import PruneCommand
 from castlm.core.errors import InputError

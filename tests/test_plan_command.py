@@ -1,4 +1,4 @@
-"""`castlm plan` from its command line: the calibration of a real run, and what each command prints and returns."""
+"""`castlm plan` from its command line: the first steps of a real run, and what each command prints and returns."""
 
 import json
 import math
@@ -20,7 +20,7 @@ from tests.runs import begin_run, small, take_steps
 CHECK = ["plan", "check", "--model", "m", "--dataset", "d", "--output-dir", "o"]
 
 
-def test_calibration_measures_the_momentum_of_the_run_itself(llama, text, tmp_path):
+def test_the_first_steps_measure_the_momentum_of_the_run_itself(llama, text, tmp_path):
     over = {"decay": "proportional", "max_steps": 30, "ignore_decay_budget": True, "init_from": "magnitude"}
     config = small(llama, text, tmp_path / "run", **over)
     found = measure_first_steps(config, init_world("cpu", "full"), steps=4)
@@ -35,7 +35,7 @@ def test_calibration_measures_the_momentum_of_the_run_itself(llama, text, tmp_pa
     assert 0 < min(c.momentum_rms for c in found.layers.values()) <= found.lam
 
 
-def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(llama, text, tmp_path):
+def test_lam_auto_is_measured_recorded_and_kept_on_resume(llama, text, tmp_path):
     over = {"decay": "additive", "lam": "auto", "ignore_decay_budget": True, "init_from": "magnitude"}
     config = small(llama, text, tmp_path / "run", **over, save_steps=6)
     facts = train(config)
@@ -44,7 +44,7 @@ def test_lam_auto_is_calibrated_recorded_and_kept_on_resume(llama, text, tmp_pat
     assert saved["config"]["lam"] == facts.config["lam"]
 
 
-def test_a_run_takes_the_start_on_which_its_lam_was_calibrated(llama, text, tmp_path, monkeypatch):
+def test_a_run_takes_the_start_on_which_its_lam_was_measured(llama, text, tmp_path, monkeypatch):
     solved = []
     write = StartFolder.write_block
     monkeypatch.setattr(StartFolder, "write_block", lambda *args: (solved.append(args[1]), write(*args)))

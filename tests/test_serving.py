@@ -398,14 +398,14 @@ def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
         time.sleep(0.01)
     assert {answer.reason for answer in answers} == {"length"}
     assert len(answers) + refused == 40
-    assert 1 < max(count for count, _ in seen) <= engine_module.MOST_TOGETHER
+    assert 1 < max(count for count, _ in seen) <= engine_module.MAX_TOGETHER
     assert max(blocks for _, blocks in seen) <= engine.batch.blocks.num_blocks
     assert engine.batch.blocks.num_used == 0
     assert {tuple(answer.tokens) for answer in answers} == {tuple(answers[0].tokens)}
 
 
 def test_a_short_request_is_answered_before_the_long_ones_that_fill_the_machine(monkeypatch):
-    monkeypatch.setattr(engine_module, "MOST_TOGETHER", 8)
+    monkeypatch.setattr(engine_module, "MAX_TOGETHER", 8)
     with closing(engine_of(*model_and_tokenizer())) as engine:
         engine.defaults = Defaults()  # a random model may end at any token
         ended: list[str] = []
@@ -605,7 +605,7 @@ def listening(engine, monkeypatch) -> Iterator[tuple[int, connections.Server]]:
     """A server in this process with short deadlines: its port."""
     monkeypatch.setattr(connections, "REQUEST_SECONDS", 1.0)
     monkeypatch.setattr(connections, "READ_SECONDS", 1.0)
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 20)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 20)
     port = free_port()
     server = connections.Server(make_app(engine, "tiny"), engine, "localhost", port)
     thread = threading.Thread(target=server.run)
@@ -651,7 +651,7 @@ def test_connections_without_a_whole_request_give_way_and_are_cut(listening):
 
 def test_a_connection_is_read_before_it_can_give_way(listening, monkeypatch):
     """Hundreds of connections are opened while good clients send their requests: none of these is cut."""
-    monkeypatch.setattr(connections, "MOST_CONNECTIONS", 2 * connections._AT_ONCE)
+    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2 * connections._AT_ONCE)
     port, _ = listening
     is_over, opened = threading.Event(), [0]
 

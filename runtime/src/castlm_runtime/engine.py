@@ -30,11 +30,11 @@ from castlm_runtime.tokenizer import Tokenizer
 
 Say = Callable[[str], None]
 
-MOST_TOGETHER = 64
+MAX_TOGETHER = 64
 """Sequences that have a token in a pass."""
-MOST_WAITING = 128
+MAX_WAITING = 128
 """Requests that wait for their turn; more are refused."""
-MOST_WORK = 32_768.0
+MAX_WORK = 32_768.0
 """What the requests that wait cost together, in tokens to decode; more are refused."""
 _REQUEST_COST = 32.0  # of any request, in tokens to decode: its HTTP, its text, the first run of the model
 _PROMPT_COST = 1 / 8  # of a token that is read
@@ -93,7 +93,7 @@ class Batch:
         self.model = model
         self.cache = Cache(model, kind, blocks_for(num_tokens))
         self.blocks = Blocks(self.cache.num_blocks, shares_prefixes)
-        self.logits = np.empty((MOST_TOGETHER, model.vocabulary), np.float32)
+        self.logits = np.empty((MAX_TOGETHER, model.vocabulary), np.float32)
 
     def close(self) -> None:
         """Frees the cache."""
@@ -147,7 +147,7 @@ class Batch:
                 count = min(scored_room, sequence.num_unread)
             else:
                 count = 1 if sequence.num_unread == 1 else min(room, sequence.num_unread)
-            if count < 1 or len(parts) == MOST_TOGETHER:
+            if count < 1 or len(parts) == MAX_TOGETHER:
                 continue
             if is_scored:
                 scored_room -= count
@@ -289,7 +289,7 @@ class Engine:
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         self.context, num_tokens = cache_size(model, kind, context, say)
         self.batch = Batch(model, kind, num_tokens, shares_prefixes)
-        self._line: Line[Answer] = Line(MOST_WAITING, MOST_WORK)
+        self._line: Line[Answer] = Line(MAX_WAITING, MAX_WORK)
         self._running: dict[Answer, tuple[Running, Chooser]] = {}
         self._is_short: dict[Answer, bool] = {}
         self._is_closed = False
@@ -407,7 +407,7 @@ class Engine:
         held = [blocks_for(other.num_cached) for other, short in self._is_short.items() if short == is_short]
         share = _SHORT_PART / (_LONG + _SHORT_PART)
         most = self.batch.blocks.num_blocks * (share if is_short else 1 - share)
-        most_together = MOST_TOGETHER // 4 if is_short else MOST_TOGETHER - MOST_TOGETHER // 4
+        most_together = MAX_TOGETHER // 4 if is_short else MAX_TOGETHER - MAX_TOGETHER // 4
         return len(held) < most_together and sum(held) + blocks_for(answer.num_cached) <= most
 
     def _begin(self, answer: Answer) -> None:

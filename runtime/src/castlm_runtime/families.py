@@ -208,8 +208,8 @@ def _yarn(parameters: Mapping[str, Any], base: np.ndarray, dim: int, context: in
     length, theta = parameters["original_max_position_embeddings"], parameters["rope_theta"]
     factor = parameters["factor"] if parameters.get("factor") is not None else context / length
 
-    def scale(of: float, by: float = 1.0) -> float:
-        return 1.0 if of <= 1 else 0.1 * by * math.log(of) + 1.0
+    def scale(stretch: float, by: float = 1.0) -> float:
+        return 1.0 if stretch <= 1 else 0.1 * by * math.log(stretch) + 1.0
 
     attention = parameters.get("attention_factor")
     if attention is None:

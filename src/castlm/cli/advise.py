@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from castlm.cli.options import check_json_path, result_folder, to_stdout, write_json
+from castlm.cli.command_line import check_json_path, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.fields import Needs, like, number, option, parsed, positional

@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from castlm.cli.options import command_line, parse, to_stdout
+from castlm.cli.command_line import command_line, parse, to_stdout
 from castlm.core.errors import InputError
 from castlm.fields import build
 from castlm.files.yaml_file import read_yaml_mapping

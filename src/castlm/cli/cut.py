@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 from typing import Literal
 
-from castlm.cli.options import to_stdout
+from castlm.cli.command_line import to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import TextOptions
 from castlm.fields import Needs, choice, essential, like, number, option, parsed

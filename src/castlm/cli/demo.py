@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from castlm.cli.options import command_line
+from castlm.cli.command_line import command_line
 from castlm.fields import option
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from castlm.api.evaluate import EvaluateOptions, check, run_evaluation
-from castlm.cli.options import check_json_path, to_stdout, write_json
+from castlm.cli.command_line import check_json_path, to_stdout, write_json
 from castlm.fields import COMMAND_LINE, option
 
 

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from castlm.cli.command_line import use_threads
 from castlm.cli.engine import engine_folder, has_gpu
-from castlm.cli.options import use_threads
 from castlm.fields import like, number, option, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions

@@ -35,7 +35,7 @@ class Command(NamedTuple):
             module, _, member = found.partition(".")
             found = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
         if isinstance(found, type):
-            from castlm.cli.options import parse
+            from castlm.cli.command_line import parse
 
             return int(parse(found, arguments, name).run())
         return int(found(arguments))

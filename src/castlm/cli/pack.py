@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from castlm.api.pack import PackOptions, run_pack, run_unpack
-from castlm.cli.options import to_stdout
+from castlm.cli.command_line import to_stdout
 from castlm.fields import option, positional
 
 

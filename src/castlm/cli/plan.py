@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from castlm.cli.options import check_json_path, to_stdout, write_json
+from castlm.cli.command_line import check_json_path, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import choice, essential, number, option, positional

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from castlm.api.prune import PruneOptions, run_prune
-from castlm.cli.options import read_arguments, to_stdout
+from castlm.cli.command_line import read_arguments, to_stdout
 from castlm.fields import COMMAND_LINE, build
 from castlm.oneshot.options import with_effort
 

@@ -6,7 +6,7 @@ import shlex
 from dataclasses import dataclass
 
 from castlm.api.quantize import QuantizeOptions, run_quantize
-from castlm.cli.options import to_stdout
+from castlm.cli.command_line import to_stdout
 
 
 @dataclass(frozen=True)

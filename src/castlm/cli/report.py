@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from castlm.cli.options import to_stdout
+from castlm.cli.command_line import to_stdout
 from castlm.core.errors import InputError
 from castlm.fields import option, positional
 from castlm.progress import note

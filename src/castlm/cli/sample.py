@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from castlm.cli.options import command_with, result_folder, to_stdout
+from castlm.cli.command_line import command_with, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
 from castlm.fields import Needs, essential, free_on_resume, given, like, number, option, positional

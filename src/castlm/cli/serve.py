@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from castlm.cli.command_line import to_stdout
 from castlm.cli.engine import engine_folder
-from castlm.cli.options import to_stdout
 from castlm.core.errors import InputError
 from castlm.fields import number, option, positional
 from castlm.packages import require

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from castlm.api.train import FOREIGN, RecipeOptions, of_recorded_pattern
-from castlm.cli.options import read_arguments
+from castlm.cli.command_line import read_arguments
 from castlm.core.errors import InputError
 from castlm.fields import COMMAND_LINE, build, essential, label, option
 from castlm.files.yaml_file import read_yaml_mapping

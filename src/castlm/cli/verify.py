@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from castlm.cli.options import check_json_path, to_stdout, write_json
+from castlm.cli.command_line import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
 from castlm.export.verify_report import ALLOW_DENSE
 from castlm.fields import like, number, option, parsed, positional

@@ -36,8 +36,8 @@ class Batch(NamedTuple):
     """Makes the tensors of `layout`, in its order."""
 
 
-def num_bytes(of: HasLayout) -> int:
-    return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in of.layout.values())
+def num_bytes(part: HasLayout) -> int:
+    return sum(math.prod(shape) * STORED[dtype].itemsize for dtype, shape in part.layout.values())
 
 
 def layout_of(tensors: Mapping[str, Tensor]) -> Layout:

@@ -23,7 +23,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from castlm_runtime.admission import address_of
 from castlm_runtime.engine import Engine
 
-MOST_CONNECTIONS = 256
+MAX_CONNECTIONS = 256
 """Connections without a whole request; those that are being answered are limited by `castlm_runtime.admission`."""
 _AT_ONCE = 100
 REQUEST_SECONDS = 10.0
@@ -67,14 +67,14 @@ class Connection(H11Protocol):
         super().connection_made(_Transport(transport, self))  # type: ignore[arg-type]
         self._await_request()
         self.address = address_of(self.client[0] if self.client else None)
-        if len(self.connections) > MOST_CONNECTIONS:
+        if len(self.connections) > MAX_CONNECTIONS:
             self._make_room()
 
     def _make_room(self) -> None:
         others = [other for other in self.connections if isinstance(other, Connection)]
         open_ones = [other for other in others if other.is_ending or not other.transport.is_closing()]
         waiting = [other for other in open_ones if other.is_waiting()]
-        if len(waiting) > MOST_CONNECTIONS:
+        if len(waiting) > MAX_CONNECTIONS:
             counts = Counter(other.address for other in waiting)
             most = max(counts.values())
             candidates = [other for other in waiting if counts[other.address] == most]

@@ -14,7 +14,7 @@ from castlm_runtime.admission import RETRY_SECONDS
 from castlm_runtime.engine import Answer, Engine
 from castlm_runtime.sampler import Sampling
 
-MOST_LOGPROBS = 20
+MAX_LOGPROBS = 20
 _MAX_TOKENS = 512  # where a request does not say
 _MOST_CHOICES = 64  # texts that one request may ask for
 _MOST_STOPS = 4
@@ -111,13 +111,13 @@ def read_wanted(body: Mapping[str, Any], num_prompts: int, is_chat: bool) -> Wan
     if options and not is_streamed:
         raise RefusedError(400, "stream_options has an effect with stream alone: leave it out", "stream_options")
     if is_chat:
-        top = number(body, "top_logprobs", 0, MOST_LOGPROBS, whole=True)
+        top = number(body, "top_logprobs", 0, MAX_LOGPROBS, whole=True)
         num_logprobs = top if _flag(body, "logprobs") else None
         if top and num_logprobs is None:
             raise RefusedError(400, "top_logprobs needs logprobs: true", "top_logprobs")
     else:
         given = body.get("logprobs")  # some clients send false
-        num_logprobs = None if given is False else number(body, "logprobs", None, MOST_LOGPROBS, whole=True)
+        num_logprobs = None if given is False else number(body, "logprobs", None, MAX_LOGPROBS, whole=True)
     has_tools = bool(read_tools(body))
     if has_tools and read_schema(body) is not None:
         raise RefusedError(
