@@ -787,7 +787,7 @@ def test_what_a_web_page_can_send_does_not_reach_the_model(engine, monkeypatch):
 
 def test_a_chat_template_that_does_not_end_holds_up_no_completion(engine, monkeypatch):
     monkeypatch.setattr("castlm_runtime.chat.TEMPLATE_SECONDS", 0.5)
-    monkeypatch.setattr("castlm_runtime.server.app._MOST_READ", 1)
+    monkeypatch.setattr("castlm_runtime.server.app._MAX_READ", 1)
     endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     monkeypatch.setattr(engine.tokenizer, "_templates", {"default": endless})
     chats = [("POST", "/v1/chat/completions", {"messages": [USER]})] * 4

@@ -41,7 +41,7 @@ RETRY_SECONDS = 5
 """After which a refused client is told to ask again."""
 _PER_SECOND = 20.0  # refusals that are sent at once
 _HELD_SECONDS = 1.0
-_MOST_HELD = 64  # refusals that are held back at the same time
+_MAX_HELD = 64  # refusals that are held back at the same time
 
 
 class BusyError(Exception):
@@ -204,7 +204,7 @@ class Refusals:
         level = max(0.0, self._level - _PER_SECOND * (now - self._then)) + 1
         self._level = min(level, 2 * _PER_SECOND)  # soon forgotten
         self._then = now
-        if self._level > _PER_SECOND and self._num_held < _MOST_HELD:
+        if self._level > _PER_SECOND and self._num_held < _MAX_HELD:
             self._num_held += 1
             try:
                 await asyncio.sleep(_HELD_SECONDS)

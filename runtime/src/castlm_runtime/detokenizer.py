@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 _BROKEN = "\ufffd"
-_MOST_OPEN = 8  # tokens that may wait for the end of a character: it has at most 4 bytes
+_MAX_OPEN = 8  # tokens that may wait for the end of a character: it has at most 4 bytes
 _CLEAN_UPS = (
     *((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"), (" 'm", "'m")),
     *((" 's", "'s"), (" 've", "'ve"), (" 're", "'re")),
@@ -53,7 +53,7 @@ class Detokenizer:
         text = self._decode(self._tokens[self._first :])
         end = len(self._tokens)
         if text.endswith(_BROKEN) and not is_last:
-            if end - self._read <= _MOST_OPEN:
+            if end - self._read <= _MAX_OPEN:
                 return ""
             end, text = self._certain(text)
         return self._cleaned(self._advance(text, end), is_last)

@@ -41,7 +41,7 @@ _PROMPT_COST = 1 / 8  # of a token that is read
 _SHORT = 1 / 8  # of the context, at most, is a short request
 _LONG = 2.0  # contexts that the cache has for all requests
 _SHORT_PART = 0.5  # and more for short ones
-_LEAST_CACHE = 32_768  # tokens, where memory allows: many short requests, and prefixes that come again
+_MIN_CACHE = 32_768  # tokens, where memory allows: many short requests, and prefixes that come again
 _MEMORY_SHARE = 0.8  # of the memory that is free once the model is loaded, for the cache
 _PROMPT_PART = 512  # tokens of prompts in a pass
 _SCORED_PART = 64  # tokens in a pass whose logits are all wanted: up to 152,000 each, in fp32
@@ -520,7 +520,7 @@ def cache_size(model: Model, kind: str, wanted: int | None, say: Say) -> tuple[i
     context = wanted or most
     if context < model.context and wanted is None:
         say(f"requests have at most {context:,} of the model's {model.context:,} tokens: no more fit in memory")
-    return context, max(int(contexts * context), min(room, _LEAST_CACHE))
+    return context, max(int(contexts * context), min(room, _MIN_CACHE))
 
 
 @contextlib.contextmanager

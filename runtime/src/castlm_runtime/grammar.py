@@ -18,8 +18,8 @@ _FORM: Any = {
     "whitespace_flexible": True,
     "whitespace_pattern": r"[\x20\x0A\x09]{0,24}",
 }
-_MOST_STATES = 20_000  # some 40 MB; a client gives the schema
-_MOST_SYMBOLS = 100_000
+_MAX_STATES = 20_000  # some 40 MB; a client gives the schema
+_MAX_SYMBOLS = 100_000
 
 
 class GrammarError(InputError):
@@ -92,7 +92,7 @@ class Grammars:
                 self._table = llguidance.LLTokenizer(content, n_vocab=self._vocabulary, eos_token=self._ends)
         try:
             text = llguidance.LLMatcher.grammar_from_json_schema(json.dumps(schema), defaults=_FORM)
-            limits = llguidance.LLParserLimits(max_lexer_states=_MOST_STATES, max_grammar_size=_MOST_SYMBOLS)
+            limits = llguidance.LLParserLimits(max_lexer_states=_MAX_STATES, max_grammar_size=_MAX_SYMBOLS)
             matcher = llguidance.LLMatcher(self._table, text, log_level=0, limits=limits)
         except ValueError as error:
             raise GrammarError(f"the schema of response_format is none ({one_line(error)})") from error

@@ -41,7 +41,7 @@ from castlm_runtime.stored import OpenFiles, StoredTensor
 
 METADATA_KEY = "castlm"
 
-_MOST_COLUMNS = 2**31 - 1
+_MAX_COLUMNS = 2**31 - 1
 _OLD_VERSION = 2  # of files that have a number in place of features
 
 
@@ -295,8 +295,8 @@ def _spec(entry: Mapping[str, Any]) -> PackedSpec:
     if not (
         is_typed
         and values in PACKABLE
-        and 0 < rows <= _MOST_COLUMNS
-        and 0 < columns <= _MOST_COLUMNS
+        and 0 < rows <= _MAX_COLUMNS
+        and 0 < columns <= _MAX_COLUMNS
         and (1 <= n < m and columns % m == 0 and not FORMATS[values].of_tables if m else n == 0)
         and (experts == 0 or (experts > 0 and rows % experts == 0))
     ):

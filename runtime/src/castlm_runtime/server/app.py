@@ -44,12 +44,12 @@ from castlm_runtime.server.reply import Piece, Reply, fingerprint
 from castlm_runtime.server.tools import has_form
 
 _BYTES_PER_TOKEN = 32  # of the body, for each token of the context: JSON may write a character as \u1234
-_LEAST_BODY = 1 << 16
+_MIN_BODY = 1 << 16
 _BODY_SECONDS = 30.0  # for a client to send its body
-_MOST_READ = 32  # prompts that wait to be tokenized, and conversations that wait to be rendered: one at a time of each
+_MAX_READ = 32  # prompts that wait to be tokenized, and conversations that wait to be rendered: one at a time of each
 _SHORT_TEXT = 4096  # bytes of a body that is tokenized at once, in a millisecond or two
 _READ_COST = 4096  # of any of them, in bytes
-_LEAST_BODIES = 64 << 20  # bytes of all bodies that have not come whole; more for a long context
+_MIN_BODIES = 64 << 20  # bytes of all bodies that have not come whole; more for a long context
 
 Result = TypeVar("Result")
 
@@ -169,10 +169,10 @@ class _Api:
         self.engine, self.name, self.started = engine, name, int(time.time())
         self.tokenizer = engine.tokenizer
         self.chat = ChatTemplate(engine.tokenizer)
-        self.most_bytes = max(_LEAST_BODY, _BYTES_PER_TOKEN * engine.context)
-        self.prompts = Worker(_MOST_READ, most_work=4 * self.most_bytes)
-        self.chats = Worker(_MOST_READ, most_work=4 * self.most_bytes)  # apart: a chat template may take its time
-        self.bodies = Bodies(max(_LEAST_BODIES, 4 * self.most_bytes))
+        self.most_bytes = max(_MIN_BODY, _BYTES_PER_TOKEN * engine.context)
+        self.prompts = Worker(_MAX_READ, most_work=4 * self.most_bytes)
+        self.chats = Worker(_MAX_READ, most_work=4 * self.most_bytes)  # apart: a chat template may take its time
+        self.bodies = Bodies(max(_MIN_BODIES, 4 * self.most_bytes))
         self.metrics = Metrics(engine)
         self.grammars = Grammars(self.tokenizer, engine.model.vocabulary, engine.defaults.ends)
         self.fingerprint = fingerprint(name, engine.batch.cache.kind, library.level())

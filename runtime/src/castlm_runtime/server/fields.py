@@ -16,12 +16,12 @@ from castlm_runtime.sampler import Sampling
 
 MAX_LOGPROBS = 20
 _MAX_TOKENS = 512  # where a request does not say
-_MOST_CHOICES = 64  # texts that one request may ask for
-_MOST_STOPS = 4
-_MOST_STOP_TOKENS = 64
-_MOST_BIASES = 1024
-_MOST_MESSAGES = 1000
-_MOST_TOOLS = 128
+_MAX_CHOICES = 64  # texts that one request may ask for
+_MAX_STOPS = 4
+_MAX_STOP_TOKENS = 64
+_MAX_BIASES = 1024
+_MAX_MESSAGES = 1000
+_MAX_TOOLS = 128
 
 _IGNORED = {"user", "metadata", "store", "service_tier", "prompt_cache_key", "safety_identifier"}
 """Fields that say nothing about the text."""
@@ -95,10 +95,10 @@ def check_names(body: Mapping[str, Any], known: frozenset[str]) -> None:
 
 def read_wanted(body: Mapping[str, Any], num_prompts: int, is_chat: bool) -> Wanted:
     """What a request asks for, every field in its range."""
-    n = number(body, "n", 1, _MOST_CHOICES, least=1, whole=True)
-    if n * num_prompts > _MOST_CHOICES:
+    n = number(body, "n", 1, _MAX_CHOICES, least=1, whole=True)
+    if n * num_prompts > _MAX_CHOICES:
         raise RefusedError(
-            400, f"{num_prompts} prompts and n = {n} are more than {_MOST_CHOICES} texts: ask for less", "n"
+            400, f"{num_prompts} prompts and n = {n} are more than {_MAX_CHOICES} texts: ask for less", "n"
         )
     is_streamed = _flag(body, "stream")
     options = {} if body.get("stream_options") is None else body["stream_options"]
@@ -166,8 +166,8 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     if choice not in (None, "none", "auto"):
         raise RefusedError(400, 'tool_choice must be "auto" or "none"', "tool_choice")
     tools = [] if given is None else given
-    if not isinstance(tools, list) or len(tools) > _MOST_TOOLS:
-        raise RefusedError(400, f"tools must be a list of at most {_MOST_TOOLS} tools", "tools")
+    if not isinstance(tools, list) or len(tools) > _MAX_TOOLS:
+        raise RefusedError(400, f"tools must be a list of at most {_MAX_TOOLS} tools", "tools")
     for tool in tools:
         function = tool.get("function") if isinstance(tool, dict) and tool.get("type") == "function" else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
@@ -195,8 +195,8 @@ def checked_prompts(prompt: Any, vocabulary: int, context: int) -> list[str | li
     prompts: list[Any] = [prompt]
     if isinstance(prompt, list) and prompt and all(isinstance(one, str | list) for one in prompt):
         prompts = prompt
-    if len(prompts) > _MOST_CHOICES:
-        raise RefusedError(400, f"prompt has {len(prompts):,} prompts: give at most {_MOST_CHOICES}", "prompt")
+    if len(prompts) > _MAX_CHOICES:
+        raise RefusedError(400, f"prompt has {len(prompts):,} prompts: give at most {_MAX_CHOICES}", "prompt")
     for one in prompts:
         if isinstance(one, str):
             check_text(one, "prompt")
@@ -213,8 +213,8 @@ def checked_prompts(prompt: Any, vocabulary: int, context: int) -> list[str | li
 
 def checked_messages(messages: Any) -> list[dict[str, Any]]:
     """The messages of a chat, with their texts as strings and the arguments of calls as objects."""
-    if not isinstance(messages, list) or not 1 <= len(messages) <= _MOST_MESSAGES:
-        raise RefusedError(400, f"messages must be a list of 1 to {_MOST_MESSAGES} messages", "messages")
+    if not isinstance(messages, list) or not 1 <= len(messages) <= _MAX_MESSAGES:
+        raise RefusedError(400, f"messages must be a list of 1 to {_MAX_MESSAGES} messages", "messages")
     called: set[str] = set()
     return [_checked_message(message, called) for message in messages]
 
@@ -306,8 +306,8 @@ def check_room(num_prompt: int, context: int) -> int:
 
 def _biases(body: Mapping[str, Any], vocabulary: int) -> dict[int, float]:
     given = {} if body.get("logit_bias") is None else body["logit_bias"]
-    what = f"logit_bias must be an object of at most {_MOST_BIASES:,} tokens with numbers from -100 to 100"
-    if not isinstance(given, dict) or len(given) > _MOST_BIASES:
+    what = f"logit_bias must be an object of at most {_MAX_BIASES:,} tokens with numbers from -100 to 100"
+    if not isinstance(given, dict) or len(given) > _MAX_BIASES:
         raise RefusedError(400, what, "logit_bias")
     biases = {}
     for token, bias in given.items():
@@ -325,15 +325,15 @@ def _stops(body: Mapping[str, Any], vocabulary: int) -> tuple[tuple[str, ...], f
         stops = [] if stops is None else [stops]
     if not isinstance(stops, list) or not all(isinstance(text, str) and text for text in stops):
         raise RefusedError(400, "stop must be a text, or a list of texts, none of them empty", "stop")
-    if len(stops) > _MOST_STOPS or sum(map(len, stops)) > 1024:
-        raise RefusedError(400, f"stop must be at most {_MOST_STOPS} texts, of 1,024 characters together", "stop")
+    if len(stops) > _MAX_STOPS or sum(map(len, stops)) > 1024:
+        raise RefusedError(400, f"stop must be at most {_MAX_STOPS} texts, of 1,024 characters together", "stop")
     tokens = [] if body.get("stop_token_ids") is None else body["stop_token_ids"]
     if (
         not isinstance(tokens, list)
-        or len(tokens) > _MOST_STOP_TOKENS
+        or len(tokens) > _MAX_STOP_TOKENS
         or not all(type(token) is int and 0 <= token < vocabulary for token in tokens)
     ):
-        what = f"stop_token_ids must be at most {_MOST_STOP_TOKENS} token ids from 0 to {vocabulary - 1}"
+        what = f"stop_token_ids must be at most {_MAX_STOP_TOKENS} token ids from 0 to {vocabulary - 1}"
         raise RefusedError(400, what, "stop_token_ids")
     return tuple(stops), frozenset(tokens)
 
