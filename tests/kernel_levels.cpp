@@ -113,13 +113,13 @@ void compare(int level, const Case& of) {
 }  // namespace
 
 int main() {
-  const int patterns[][2] = {{2, 4}, {1, 4}, {3, 4}, {4, 8}, {7, 8}, {8, 16}, {5, 16}, {20, 32}, {1, 64}, {32, 64}, {63, 64}, {0, 0}};
+  const int patterns[][2] = {{2, 4}, {1, 2}, {1, 4}, {3, 4}, {4, 8}, {7, 8}, {8, 16}, {5, 16}, {20, 32}, {1, 64}, {32, 64}, {63, 64}, {0, 0}};
   for (int level = 0; level < kNumLevels; ++level) {
     if (!castlm_runs(level)) continue;
     for (int values = 0; values <= kInt6; ++values)
       for (const auto& pattern : patterns)
         for (const int64_t rows : {13, 32})
-          for (const int64_t columns : {44, 64, 320})
+          for (const int64_t columns : {44, 46, 64, 320})
             for (const int64_t batch : {1, 2, 3, 8, 17})
               if (!pattern[1] || (columns % pattern[1] == 0 && values != kInt6)) compare(level, {values, pattern[0], pattern[1], rows, columns, batch});
     std::printf("%s\n", kLevels[level]);

@@ -46,7 +46,7 @@ int64_t data_bytes(const Header& of) {
 bool make_header(int32_t entry, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
   const int64_t limit = int64_t(1) << 31, most_weights = int64_t(1) << 48;  // whose bytes do not overflow
   if (rows < 1 || columns < 1 || rows >= limit || columns >= limit || rows > most_weights / columns) return false;
-  if (m ? n < 1 || n >= m || columns % m : n != 0) return false;
+  if (m ? n < 1 || n >= m || columns % (m == 4 && n == 2 ? 2 : m) : n != 0) return false;
   const Entry* const found = entry_at(entry, values, n, m);
   if (!found) return false;
   if (found->expands) n = m = 0;
@@ -56,9 +56,11 @@ bool make_header(int32_t entry, int values, int n, int m, int64_t rows, int64_t 
   return true;
 }
 
-// The same for a weight of a file, in the wanted layout or the best one (-1).
+// The same for a weight of a file, in the wanted layout or the best one (-1). 1:2 becomes 2:4: each keeps the same bytes, and two groups
+// of two columns are a group of four.
 bool choose_header(int layout, int values, int n, int m, int64_t rows, int64_t columns, Header& of) {
-  if (values < kBFloat16 || values > kInt6 || m < 0) return false;
+  if (values < kBFloat16 || values > kInt6 || m < 0 || (m && columns % m)) return false;
+  if (n == 1 && m == 2) n = 2, m = 4;
   return make_header(entry_for(layout, values, n, m), values, n, m, rows, columns, of);
 }
 
@@ -140,7 +142,7 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
                   uint8_t* to, int64_t to_bytes, int threads) {
   Header of;
   if (!choose_header(layout, values, n, m, rows, columns, of) || to_bytes != kHeaderBytes + of.data_bytes) return kBadSize;
-  Header stored = of;  // in the file, which may be n:m where the buffer is dense
+  Header stored = of;  // in the file, which may be n:m where the buffer is dense, and 1:2 where it is 2:4
   stored.n = n, stored.m = m;
   if (from_bytes != rows * stored.kept_row_bytes() || num_scales != rows * of.scales_per_row()) return kBadSize;
   if (mask_bytes != (m ? rows * of.mask_row_bytes() : 0)) return kBadSize;
@@ -148,7 +150,7 @@ int castlm_repack(int layout, int values, int n, int m, int64_t rows, int64_t co
   std::memset(to, 0, to_bytes);
   std::memcpy(to, &of, sizeof of);
   return guarded([&] {
-    if (of.m == m) repack(of, from, mask, scales, to + kHeaderBytes, threads);
+    if (of.m || !m) repack(of, from, mask, scales, to + kHeaderBytes, threads);
     else repack(of, dense_int4(stored, from, mask).data(), nullptr, scales, to + kHeaderBytes, threads);
     return kOk;
   });

@@ -32,10 +32,8 @@ INLINE constexpr bool in_nibbles(int32_t values) { return values >= kInt4; }
 // is always dense, and lies so for every level.
 enum Layout : int32_t { kRows = 0, kPanels = 1, kDense = 2, kLanes = 3 };
 
-// Whether every four columns of a weight keep two: 2:4 and 1:2.
-INLINE bool keeps_two_of_four(int n, int m) { return m && 4 % m == 0 && 2 * n == m; }
-
-// m = 0 is a dense weight. `columns` may be any number; a row is padded with zeros to `padded()` columns.
+// m = 0 is a dense weight, and 1:2 of a file is 2:4 here, whose last group may have two columns. `columns` may be any number; a row is
+// padded with zeros to `padded()` columns.
 struct Header {
   uint32_t magic;
   int32_t entry;  // of table.h, chosen when the weight was repacked
@@ -46,9 +44,9 @@ struct Header {
 
   int64_t blocks() const { return (columns + kBlock - 1) / kBlock; }
   int64_t padded() const { return blocks() * kBlock; }
-  int64_t kept() const { return m ? columns / m * n : columns; }  // values in a row
+  int64_t kept() const { return m ? columns * n / m : columns; }  // values in a row
   int64_t group() const { return m == 0 || m == 4 ? 4 : 16; }  // of kPanels: columns whose kept weights share a code of columns
-  bool in_pairs() const { return layout == kLanes && values < kInt8 && keeps_two_of_four(n, m); }
+  bool in_pairs() const { return layout == kLanes && values < kInt8 && n == 2 && m == 4; }
   int64_t tile_rows() const { return layout == kLanes ? 16 : layout == kPanels && n == 1 && m == 4 ? 8 : 4; }
   int64_t tiles() const { return (rows + tile_rows() - 1) / tile_rows(); }
   int64_t panel_bytes() const {  // of a tile of rows by 64 columns
@@ -215,7 +213,7 @@ INLINE int64_t index_of_pair(const Header& of, int row, int slot) {  // of kept 
 }
 constexpr int64_t kLanesSlack = 64;  // bytes after the data, which a load of the last values may reach
 
-// For the kernels of panels: 0 of a dense weight, 1 and 2 of 1:4 and 2:4, 4 of patterns that keep 4 of every 8 columns, 8 of 8:16.
+// For the kernels of panels: 0 of a dense weight, 1 and 2 of 1:4 and 2:4, 4 of 4:8, 8 of 8:16.
 INLINE int panel_kind(const Header& of) { return of.m == 0 || of.m == 4 ? of.n : of.m == 16 ? 8 : 4; }
 
 // What an entry point returns.

@@ -63,6 +63,8 @@ void fill_panel_row(const Header& of, const Places& places, const uint8_t* value
         else std::memcpy(panel + place->value, values + index * bytes, bytes);
       }
     }
+    // A last group of 1:2 that has two columns lacks a kept value, which stays zero, for column 3.
+    if (width == 4 && of.n == 2 && end % 4) panel[place->mask_byte] |= uint8_t(3 << place->mask_shift);
   }
 }
 

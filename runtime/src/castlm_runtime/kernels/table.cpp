@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint32_t bit(int32_t values) { return 1u << values; }
 constexpr uint32_t kFloats = bit(kBFloat16) | bit(kFloat16) | bit(kFloat32), kIntegers = bit(kInt8) | bit(kInt4), kAll = kFloats | kIntegers, kSix = bit(kInt6);
-constexpr uint32_t kUnpaired64 = kAny64 & ~kPaired;
+constexpr uint32_t kUnpaired64 = kAny64 & ~kTwoOfFour;
 
 // Against AVX-512 on an Emerald Rapids, AMX has 0.6 to 1.2 times its speed with 8 rows of x, and 1.3 to 2.4 with 16.
 constexpr Entry kEntries[] = {
@@ -18,16 +18,16 @@ constexpr Entry kEntries[] = {
     {kAmx,    bit(kBFloat16) | kIntegers,              kAny64,          13,   kLanes,  amx_tiles,            512},
     {kAmx,    kSix,                                    kNoMask,         13,   kLanes,  amx_tiles,            512},
     {kAvx512, kIntegers,           kMasked64 & ~kOverHalf,              48,   kLanes,  avx512_gathered,      512, has_fast_vpermb},
-    {kAvx512, kFloats,                                 kPaired,         1,    kLanes,  avx512_groups,        512},
+    {kAvx512, kFloats,                                 kTwoOfFour,      1,    kLanes,  avx512_groups,        512},
     {kAvx512, kAll,                                    kMasked64,       37,   kLanes,  avx512_many,          512},
     {kAvx512, kAll | kSix,                             kNoMask,         96,   kLanes,  avx512_many,          512},
     {kAvx512, kAll,                                    kAny64,          1,    kLanes,  avx512_groups,        512},
     {kAvx512, kSix,                                    kNoMask,         1,    kLanes,  avx512_groups,        512},
     {kAvx2,   kIntegers,                               kOneOrTwoOfFour, 17,   kPanels, avx2_panels_of_many,  512},
-    {kAvx2,   bit(kInt8),                              kHalf,           17,   kPanels, avx2_panels_of_many,  512},
+    {kAvx2,   bit(kInt8),                              kEightOf16,      17,   kPanels, avx2_panels_of_many,  512},
     {kAvx2,   kIntegers,                               kOneOrTwoOfFour, 1,    kPanels, avx2_panels,          512},
-    {kAvx2,   bit(kInt8),                              kHalf,           1,    kPanels, avx2_panels,          512},
-    {kAvx2,   kFloats,                         kOneOrTwoOfFour | kHalf, 1,    kPanels, avx2_panels,          0},
+    {kAvx2,   bit(kInt8),                              kEightOf16,      1,    kPanels, avx2_panels,          512},
+    {kAvx2,   kFloats,                    kOneOrTwoOfFour | kEightOf16, 1,    kPanels, avx2_panels,          0},
     {kAvx2,   kFloats,                                 kUnpaired64,     1,    kLanes,  avx2_lanes,           512},
     {kAvx2,   bit(kInt8),                              kAny64,          1,    kLanes,  avx2_lanes,           512},
     // An expansion of int4 takes longer than the multiplication by zeros.
@@ -74,7 +74,7 @@ uint32_t pattern_of(int32_t n, int32_t m) {
   if (m == 0) return kNoMask;
   if (kBlock % m) return kOther;
   if (m == 4 && n <= 2) return n == 1 ? kOneOfFour : kTwoOfFour;
-  if (2 * n == m && m <= 16) return m == 2 ? kOneOfTwo : kEightOf16;
+  if (2 * n == m && m <= 16) return kEightOf16;
   return 2 * n <= m ? kAtMostHalf : kOverHalf;
 }
 

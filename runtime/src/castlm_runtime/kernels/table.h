@@ -26,16 +26,13 @@ void use_level(int32_t level);  // one that it has
 enum Pattern : uint32_t {
   kNoMask = 1,
   kOneOfFour = 2,    // 1:4
-  kTwoOfFour = 4,    // 2:4
-  kOneOfTwo = 8,     // 1:2
-  kEightOf16 = 16,   // 4:8 and 8:16
-  kAtMostHalf = 32,  // others whose m divides 64, by the share that they keep
-  kOverHalf = 64,
-  kOther = 128,      // m does not divide 64
-  kPaired = kTwoOfFour | kOneOfTwo,
+  kTwoOfFour = 4,    // 2:4 and 1:2
+  kEightOf16 = 8,    // 4:8 and 8:16
+  kAtMostHalf = 16,  // others whose m divides 64, by the share that they keep
+  kOverHalf = 32,
+  kOther = 64,       // m does not divide 64
   kOneOrTwoOfFour = kOneOfFour | kTwoOfFour,
-  kHalf = kOneOfTwo | kEightOf16,
-  kMasked64 = kOneOfFour | kPaired | kEightOf16 | kAtMostHalf | kOverHalf,
+  kMasked64 = kOneOrTwoOfFour | kEightOf16 | kAtMostHalf | kOverHalf,
   kAny64 = kNoMask | kMasked64,
 };
 
