@@ -50,6 +50,15 @@ _GRANITE = _KV_HEADS | {"num_local_experts": 4, "num_experts_per_tok": 2}
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 16, "mamba_chunk_size": 16}
 _SHARED_EXPERTS = {"n_routed_experts": 4, "num_local_experts": 4, "n_shared_experts": 1, "first_k_dense_replace": 1}
 _GROUPED_EXPERTS = _EXPERTS | {"n_group": 1, "topk_group": 1, "moe_intermediate_size": 16}
+_STATES = {"state_size": 8, "time_step_rank": 8}
+_LATENT = {
+    "q_lora_rank": 16,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 8,
+    "head_dim": 8,
+}
 _ROPE_OF_IMAGES = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]}
 _FAMILY: dict[str, dict[str, Any]] = {
     "mixtral": _EXPERTS | {"num_local_experts": 4},
@@ -74,6 +83,33 @@ _FAMILY: dict[str, dict[str, Any]] = {
     **dict.fromkeys(("cohere", "cohere2", "granite", "olmo2", "olmo3", "phi"), _KV_HEADS),
     "phi3": _KV_HEADS | {"pad_token_id": 0},
     "gemma": _GROUPED | {"tie_word_embeddings": True},
+    "dbrx": {
+        "ffn_config": {"ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
+    "jetmoe": _KV_HEADS | {"kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "llama4_text": _GROUPED | {"num_local_experts": 4, "intermediate_size_mlp": 48},
+    "longcat_flash": _LATENT
+    | {"expert_ffn_hidden_size": 16, "n_routed_experts": 4, "zero_expert_num": 2, "moe_topk": 2},
+    "deepseek_v4": _LATENT
+    | {
+        **{"moe_intermediate_size": 16, "n_routed_experts": 4, "num_experts_per_tok": 2, "num_hidden_layers": 3},
+        **{"num_key_value_heads": 1, "head_dim": 16, "o_groups": 2, "o_lora_rank": 16, "sliding_window": 16},
+        **{"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
+    },
+    "mamba": _STATES,
+    "falcon_mamba": _STATES,
+    "lara_mini": _EXPERTS
+    | {
+        **{"num_experts": 4, "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "sliding_window": 16},
+        **{
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+        },
+    },
+    "sarvam_moe": _GROUPED_EXPERTS | _SHARED_EXPERTS,
     "opt": {"word_embed_proj_dim": 32, "dropout": 0.0},
     "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
@@ -111,6 +147,13 @@ _IMAGES: dict[str, dict[str, Any]] = {
 }
 _OWN_NAMES = {
     "opt": {"intermediate_size": "ffn_dim"},
+    "longcat_flash": {"intermediate_size": "ffn_hidden_size", "num_hidden_layers": "num_layers"},
+    "dbrx": {
+        "hidden_size": "d_model",
+        "num_hidden_layers": "n_layers",
+        "num_attention_heads": "n_heads",
+        "max_position_embeddings": "max_seq_len",
+    },
     "gpt2": {
         "intermediate_size": "n_inner",
         "hidden_size": "n_embd",

@@ -258,7 +258,10 @@ def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
         if axis is not None and place.is_turned and axis in (-1, -2):
             axis = -3 - axis
         is_counted = axis is not None and -axis <= len(shape) and place.is_known
-        is_layer = type(module) in (nn.Linear, Conv1D) or isinstance(getattr(module, "is_transposed", None), bool)
+        # A packed layer takes the place of one that has the whole stored matrix, neither more nor less.
+        is_whole = sorted(shape) == sorted(model.get_parameter(place.name).shape)
+        is_layer = is_whole and type(module) in (nn.Linear, Conv1D)
+        is_layer = is_layer or isinstance(getattr(module, "is_transposed", None), bool)
         found[name] = StoredUse(
             place.name,
             len(shape) + axis if axis is not None and is_counted else None,

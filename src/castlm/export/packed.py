@@ -49,7 +49,7 @@ from castlm.files.weights import Batch, Layout, file_names, write_weights
 from castlm.formats.rounding import Rounded, on_grid, round_table
 from castlm.models.architecture import embedding_weight, output_head, shape_model
 from castlm.models.gguf import correlation_of_tables, forget_gguf, is_head_finer
-from castlm.models.io import load_model, open_config
+from castlm.models.io import load_model, open_config, some_of
 from castlm.models.layout import PACKED_NOTICE, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
@@ -253,7 +253,9 @@ def pack_into(
         raise InputError(f"{source} is packed or quantized already: give the model that was")
     check_redirections(source, config)
     stored = dict(sorted(stored_tensors(source, config).items()))
-    specs = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
+    specs, copied = _specs(source, stored, check_layers(source, stored, config), pattern, dtype, rounded)
+    if copied:
+        say(f"{len(copied)} weights, {some_of(copied)}, stay floats: no packed layer can multiply in the model's place")
     tables: dict[str, bool] = {}
     if head is None:
         head, tables = DEFAULT_HEAD, _large_tables(source, stored, specs, say)
@@ -327,22 +329,25 @@ def _specs(
     pattern: NM | None,
     dtype: str | None,
     integers: Mapping[str, Rounded],
-) -> dict[str, PackedSpec]:
+) -> tuple[dict[str, PackedSpec], list[str]]:
     """The specs of the tensors to pack, by name: all linear layers inside the transformer blocks.
 
-    A layer by whose weight other code multiplies, as Mamba's does, is copied.
+    A layer by whose weight other code multiplies, as Mamba's does, or that is stored in one tensor with others, is
+    copied: its name is in the second result.
     """
     facts = read_facts(source)
     left_dense, trained = facts.left_dense, facts.rounded.kind if facts.rounded else None
     specs: dict[str, PackedSpec] = {}
+    copied: list[str] = []
     owners = owners_of_experts(use.parameter for use in uses.values())
     for name, tensor in stored.items():
         use = uses.get(name)
-        is_packed_here = (
-            use is not None and use.can_pack and why_dense(use.parameter.removesuffix(".weight"), owners) is None
-        )
+        is_layer = use is not None and why_dense(use.parameter.removesuffix(".weight"), owners) is None
+        is_packed_here = is_layer and use is not None and use.can_pack
         if tensor.dtype not in STORED or (is_packed_here and dtype is None and _float_name(tensor) is None):
             raise InputError(f"{name} of {source} is stored as {tensor.dtype}: pass dtype bf16 to cast a wider one")
+        if is_layer and use is not None and use.axis is not None and not use.can_pack:
+            copied.append(name)
         if not is_packed_here or use is None or use.axis is None:
             continue
         groups = pattern if left_dense_reason(name, left_dense) is None else None
@@ -353,8 +358,7 @@ def _specs(
         specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
-    assert integers.keys() <= {spec.stem(name) for name, spec in specs.items()}  # every code has found its tensor
-    return specs
+    return specs, copied
 
 
 def _float_name(tensor: StoredTensor) -> str | None:
@@ -400,7 +404,10 @@ def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> dict[str, bool]
     for module in tables if is_plain else ():
         names = layout.to_stored({f"{paths[module]}.weight": module.get_parameter("weight")})
         possible = itertools.chain(*map(layout.possible_names, names))
-        found += [name for name in possible if name in stored][:1]
+        # DeepSeek-V4 renames `head.weight` alone: `head.values` would find no place.
+        places = layout.possible_names(paths[module])
+        loads = [name for name in possible if layout.loaded_name(name.removesuffix(".weight")) in places]
+        found += [name for name in loads if name in stored][:1]
     has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
     if not found or (opened.tie_word_embeddings and has_own):
         raise InputError(

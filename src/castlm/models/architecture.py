@@ -167,9 +167,13 @@ def context_length(config: PretrainedConfig) -> int | None:
 
 def backbone(model: PreTrainedModel) -> nn.Module:
     """The model without its head: maps input ids (batch, seq) to an output with `last_hidden_state`."""
-    if model.base_model is model:
+    if model.base_model is not model:
+        return model.base_model
+    # Llama 4 names the prefix of its vision-language model.
+    inside = [child for child in model.children() if isinstance(child, PreTrainedModel)]
+    if len(inside) != 1 or model.get_output_embeddings() is None:
         raise InputError(f"{type(model).__name__} is not supported: it has no backbone beside its output head")
-    return model.base_model
+    return inside[0]
 
 
 def output_head(model: PreTrainedModel) -> OutputHead:

@@ -18,7 +18,7 @@ from castlm.core.blocks import block_name
 from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
-from castlm.models.architecture import replaced_forward
+from castlm.models.architecture import backbone, replaced_forward
 from castlm.models.stored_layout import StoredLayout
 from castlm.oneshot.ranks import ONE_RANK, Ranks
 
@@ -63,7 +63,7 @@ class MemoryModel:
         return nullcontext(self.blocks[index])
 
     def entering(self) -> AbstractContextManager[None]:
-        """Inside the context, `model.base_model` can be called."""
+        """Inside the context, the backbone can be called."""
         return nullcontext()
 
     def keep_dense(self, layers: Mapping[str, SparseLayer]) -> None:
@@ -151,7 +151,7 @@ class StoredModel:
 
     @contextmanager
     def entering(self) -> Iterator[None]:
-        """Inside the context, `model.base_model` can be called, for what enters each block beside hidden states.
+        """Inside the context, the backbone can be called, for what enters each block beside hidden states.
 
         Weights outside the blocks are in memory all the time; plain embeddings, the largest of them, in their stored
         dtype. The first block is read for its call. The others return what enters them, in the form of the first
@@ -201,7 +201,7 @@ class StoredModel:
                 yield name, self._stored(name)
 
     def _read_outside_(self, stack: ExitStack) -> None:
-        inside, pending = set(self.blocks), [self.model.base_model]
+        inside, pending = set(self.blocks), [backbone(self.model)]
         names = {module: name for name, module in self.model.named_modules()}
         while pending:
             module = pending.pop()

@@ -28,7 +28,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.data.calibration import CalibrationText, Extras
 from castlm.hardware import autocast, available_memory
-from castlm.models.architecture import replaced_forward
+from castlm.models.architecture import backbone, replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.ranks import ONE_RANK, Division, Ranks
 from castlm.oneshot.routed import Seen
@@ -299,7 +299,7 @@ class BlockInputs(Sequence[Tensor]):
                 with ExitStack() as replaced:
                     for block in self.blocks:  # all return that output, so the tokens do not matter
                         replaced.enter_context(replaced_forward(block, lambda *_, output=output, **__: output))
-                    yield source.model.base_model(input_ids=tokens, use_cache=False)[0]
+                    yield backbone(source.model)(input_ids=tokens, use_cache=False)[0]
 
     def forget_outputs(self) -> None:
         """Ends `keep_outputs`: later passes run all modules of the current block again."""
@@ -346,7 +346,7 @@ class BlockInputs(Sequence[Tensor]):
                 hooks.enter_context(block.register_forward_pre_hook(before, with_kwargs=True))
                 hooks.enter_context(block.register_forward_hook(watch.after))
             with suppress(StopForward):
-                model.base_model(input_ids=ids, use_cache=False, **(extras or {}))
+                backbone(model)(input_ids=ids, use_cache=False, **(extras or {}))
         self._passes.append(watch.result(len(self.blocks)))
         if extras and not watch.has_stopped:
             self._adds = bool(watch.added)
