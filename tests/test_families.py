@@ -45,7 +45,7 @@ def test_a_family_walks_through_every_command(family, share, tmp_path, capsys, m
         packed_module, "check_loads", lambda folder: None
     )  # in a fresh process; here it is loaded below
     dense, sparse = str(save_tiny(tmp_path / "dense", family)), str(tmp_path / "sparse")
-    command = ["prune", "--model", dense, "--output-dir", sparse, "--method", "magnitude", "--allow-dense"]
+    command = ["prune", "--model", dense, "--output-dir", sparse, "--solver", "magnitude", "--allow-dense"]
     assert main([*command, "1.0"]) == 0
     report = verify(sparse, allow_dense=1.0)
     assert report.ok
