@@ -11,6 +11,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.request
 import zipfile
@@ -54,13 +55,13 @@ def alone(tmp_path) -> Path:
 
 
 @contextlib.contextmanager
-def served(python: Path, folder: Path):
+def served(python: Path, folder: Path, *command: str):
     """The address of a server in an environment of its own: no PYTHONPATH, no compiler in PATH."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(python), "-m", "castlm_runtime", "serve", str(folder), "--port", str(port)]
-    with subprocess.Popen(command, env={"PATH": str(python.parent)}, cwd=folder) as server:
+    whole = [python, *command, "serve", folder, "--port", str(port)]
+    with subprocess.Popen(whole, env={"PATH": str(python.parent)}, cwd=folder) as server:
         try:
             until = time.monotonic() + 120
             while time.monotonic() < until and server.poll() is None:
@@ -82,7 +83,7 @@ def test_a_wheel_serves_a_chat_without_torch_and_without_a_compiler(alone, tmp_p
     model = shutil.copytree(FOLDER, tmp_path / "model")
     template = "{% for message in messages %}{{ message.role[0] }}:{{ message.content }}\n{% endfor %}"
     (model / "chat_template.jinja").write_text(template)
-    with served(alone, model) as address:
+    with served(alone, model, "-m", "castlm_runtime") as address:
         client = openai.OpenAI(base_url=address, api_key="none", max_retries=0)
         messages, lengths = [], []
         for turn in TURNS:
@@ -94,6 +95,31 @@ def test_a_wheel_serves_a_chat_without_torch_and_without_a_compiler(alone, tmp_p
             lengths.append(reply.usage.prompt_tokens)
             messages.append({"role": "assistant", "content": reply.choices[0].message.content})
     assert lengths == sorted(set(lengths))  # each turn reads all turns before
+
+
+def test_the_wheels_of_the_image_have_all_that_its_commands_read(tmp_path):
+    """Those that the Dockerfile installs, beside the libraries of this environment."""
+    for name in ("pyproject.toml", "README.md", "LICENSE"):  # what the Dockerfile copies
+        shutil.copy(ROOT / name, tmp_path)
+    shutil.copytree(ROOT / "src", tmp_path / "src", ignore=shutil.ignore_patterns("*.so", "*.egg-info", "__pycache__"))
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    make = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--wheel-dir", tmp_path, tmp_path]
+    subprocess.run(make, check=True, env=own)
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "image"], check=True)
+    python, libraries = tmp_path / "image" / "bin" / "python", sysconfig.get_path("purelib")
+    inside = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+    place = subprocess.run(inside, stdout=subprocess.PIPE, text=True, check=True).stdout.strip()
+    Path(place, "libraries.pth").write_text(libraries)
+    wheels = [wheel(platform.machine(), tmp_path / "dist"), *tmp_path.glob("castlm-*.whl")]
+    install = [python, "-m", "pip", "install", "-q", "--no-deps", "--force-reinstall", *wheels]
+    subprocess.run(install, check=True, env=own)
+    command = str(python.with_name("castlm"))
+    with served(python, FOLDER, command) as address, urllib.request.urlopen(f"{address}/models") as models:
+        assert FOLDER.name in models.read().decode()
+    code = "from castlm.cli.demo_run import write_texts; write_texts(__import__('pathlib').Path('text'))"
+    for arguments in ([command, "demo", "--help"], ["-c", code]):
+        subprocess.run([python, *arguments], check=True, env={"PATH": str(python.parent)}, cwd=tmp_path)
+    assert (tmp_path / "text" / "held_out.jsonl").stat().st_size
 
 
 @pytest.mark.skipif(
