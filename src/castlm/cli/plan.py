@@ -41,11 +41,13 @@ def check(arguments: list[str]) -> int:
     from castlm.distributed.world import closing, init_world
     from castlm.oneshot.folder import partial_folder
     from castlm.training.first_steps import measure_first_steps
-    from castlm.training.model import with_learning_rate
+    from castlm.training.model import learning_rate_for
 
     runtime = config.runtime
     with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
-        first = measure_first_steps(with_learning_rate(config, world), world)
+        if config.optimizer.learning_rate is None:
+            config = config.changed(learning_rate=world.on_main(lambda: learning_rate_for(config.model)))
+        first = measure_first_steps(config, world)
     if not world.is_main:
         return 0
     by_headroom = sorted(first.layers.items(), key=lambda item: item[1].headroom)

@@ -26,7 +26,6 @@ from castlm.models.architecture import check_head, context_length, is_vision_lan
 from castlm.models.io import Loaded, config_hash, load_model, open_config, open_model, tokenizer_hash
 from castlm.models.locate import cached_snapshot, locate
 from castlm.progress import note
-from castlm.training.config import TrainConfig
 from castlm.training.options import ModelOptions, TeacherOptions
 
 
@@ -97,15 +96,12 @@ def open_dense(
     return opened
 
 
-def with_learning_rate(config: TrainConfig, world: World) -> TrainConfig:
-    """The config with the default learning rate of its model, unless it has one."""
-    if config.optimizer.learning_rate is not None:
-        return config
-    num_weights = world.on_main(lambda: num_weights_of(config.model))
+def learning_rate_for(model: ModelOptions) -> float:
+    """The default learning rate of a model, after a note with the number of its weights."""
+    num_weights = num_weights_of(model)
     rate = default_learning_rate(num_weights)
-    if world.is_main:
-        note(f"learning_rate {rate:g}, by the size of the model ({num_weights / 1e6:,.1f}M weights)")
-    return config.changed(learning_rate=rate)
+    note(f"learning_rate {rate:g}, by the size of the model ({num_weights / 1e6:,.1f}M weights)")
+    return rate
 
 
 def num_weights_of(options: ModelOptions) -> int:

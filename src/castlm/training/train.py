@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 
@@ -25,7 +26,7 @@ from castlm.training.checkpoint import newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.first_steps import measure_first_steps
-from castlm.training.model import layers_left_dense, open_dense, with_learning_rate
+from castlm.training.model import layers_left_dense, learning_rate_for, open_dense
 from castlm.training.objective import Objective, as_teacher_
 from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
@@ -58,10 +59,8 @@ def train(config: TrainConfig) -> Facts:
                 world.on_main(lambda: check_login(output.hub_repo))
             indexes = LineIndexes(folder.text_index if output.resume else None)  # so that each text is parsed once
             config = resolve(config, world, indexes)
-            if world.on_main(lambda: output.resume and folder.is_finished()):
-                options, batch = config.as_dict(), config.optimizer.sequences_per_step(world.size)
-                facts = world.on_main(lambda: folder.finish_again(options, config.as_yaml(), batch), patient=True)
-            else:
+            facts = world.on_main(lambda: _finished_before(config, folder, world.size), patient=True)
+            if facts is None:
                 trainer = Trainer(config, world, indexes=indexes)
                 collect_garbage(world.device.type)  # whatever was loaded on the way
                 interrupt.start_training()
@@ -75,37 +74,46 @@ def train(config: TrainConfig) -> Facts:
             return facts
 
 
+def _finished_before(config: TrainConfig, folder: RunFolder, num_ranks: int) -> Facts | None:
+    """The facts of a run that is resumed and has nothing left to do; None of another."""
+    if not (config.checkpoint.resume and folder.is_finished()):
+        return None
+    batch = config.optimizer.sequences_per_step(num_ranks)
+    return folder.finish_again(config.as_dict(), config.as_yaml(), batch)
+
+
 def resolve(config: TrainConfig, world: World, indexes: LineIndexes | None = None) -> TrainConfig:
     """`config` with the values that depend on files: `learning_rate`, `left_dense`, `max_steps` of the epochs, `lam`.
 
     For `indexes` see `Trainer`.
     """
-    config = with_learning_rate(config, world)
+    config = config.changed(**world.on_main(lambda: _options_of_files(config, world.size, indexes), patient=True))
+    if config.method.lam == "auto":
+        config = config.changed(lam=measure_first_steps(config, world).lam)
+    return config
+
+
+def _options_of_files(config: TrainConfig, num_ranks: int, indexes: LineIndexes | None) -> dict[str, Any]:
+    """The options that the files of model, texts and checkpoint decide, read by the main rank."""
+    options: dict[str, Any] = {}
+    if config.optimizer.learning_rate is None:
+        options["learning_rate"] = learning_rate_for(config.model)
     if config.is_finetuning:
-        config = config.changed(left_dense=world.on_main(lambda: layers_left_dense(config.model)))
+        options["left_dense"] = layers_left_dense(config.model)
     epochs = config.optimizer.num_train_epochs
     if epochs is not None:
-        batch = config.optimizer.sequences_per_step(world.size)
-        steps = world.on_main(
-            lambda: steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch, indexes), patient=True
-        )
-        config = config.changed(max_steps=steps, num_train_epochs=None)
-    if config.method.lam != "auto":
-        return config
-
-    def saved_lam() -> float | None:
-        """The `lam` of the checkpoint from which the run is resumed; None if there is none."""
-        options = config.checkpoint
-        checkpoint = newest(RunFolder(options.output_dir).checkpoints) if options.resume else None
-        if checkpoint is None:
-            return None
-        lam = read_manifest(checkpoint)["config"].get("lam")
-        return float(lam) if isinstance(lam, (int, float)) else 0.0  # 0.0 of a run that read none
-
-    lam = world.on_main(saved_lam)
-    if lam is None and config.method.reads_lam:
-        lam = measure_first_steps(config, world).lam
-    return config.changed(lam=0.0 if lam is None else lam)  # 0 if nothing reads it
+        batch = config.optimizer.sequences_per_step(num_ranks)
+        options["max_steps"] = steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch, indexes)
+        options["num_train_epochs"] = None
+    if config.method.lam == "auto":
+        output = config.checkpoint
+        checkpoint = newest(RunFolder(output.output_dir).checkpoints) if output.resume else None
+        if checkpoint is not None:
+            lam = read_manifest(checkpoint)["config"].get("lam")
+            options["lam"] = float(lam) if isinstance(lam, (int, float)) else 0.0  # 0 of a run that read none
+        elif not config.method.reads_lam:
+            options["lam"] = 0.0
+    return options
 
 
 @torch.no_grad()
