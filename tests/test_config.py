@@ -13,8 +13,10 @@ from typing import Literal
 import pytest
 import yaml
 
+import castlm.cli.command_line
 import castlm.methods
 from castlm.cli.command_line import command_line, parse
+from castlm.cli.main import COMMANDS
 from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
@@ -331,6 +333,21 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
         assert f"  --{option}" in long or f"  --no-{option}" in long
     for clumsy in ("{None}", "None", "0.6666", "--no-no", "MISSING"):
         assert clumsy not in long
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_of_a_command_has_help(command, monkeypatch):
+    seen: list[tuple[str, str]] = []
+
+    def described(kind, field):
+        seen.append((field.name, field.metadata.get("help", "")))
+        return []
+
+    monkeypatch.setattr(castlm.cli.command_line, "_described", described)
+    with pytest.raises(SystemExit):
+        COMMANDS[command].run(command, ["--help-all"])
+    assert seen
+    assert not [name for name, text in seen if not text]
 
 
 def test_no_help_of_a_command_imports_torch():

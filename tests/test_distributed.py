@@ -374,7 +374,7 @@ def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monke
         train(small(gemma, text, tmp_path / "run", 1))
 
 
-def calibrate_lam(config: TrainConfig, file: Path) -> None:
+def measure_lam(config: TrainConfig, file: Path) -> None:
     world = init_world("cpu", config.runtime.sharding)
     lam = resolve(config, world).method.lam
     assert set(world.gather(lam)) == {lam}
@@ -390,7 +390,7 @@ def test_ranks_calibrate_the_lam_of_one_rank(gemma, text, tmp_path):
     over = {"decay": "additive", "lam": "auto"}
     for ranks in (1, 2):
         run_ranks(
-            calibrate_lam, ranks, small(gemma, text, tmp_path / "run", ranks, **over), tmp_path / str(ranks),
+            measure_lam, ranks, small(gemma, text, tmp_path / "run", ranks, **over), tmp_path / str(ranks),
             folder=tmp_path,
         )  # fmt: skip
     one, two = (float((tmp_path / str(ranks)).read_text()) for ranks in (1, 2))
