@@ -131,8 +131,8 @@ class MemoryOptions:
 
     memory: Literal["model", "block"] = essential(
         "block",
-        help="With --prune and --quantize: keep the whole model in memory, or one transformer block. Structured "
-        "patterns, experts and images need the whole model.",
+        help="With --prune and --quantize: keep the whole model in memory, or one transformer block. Experts and "
+        "images need the whole model.",
     )
 
 

@@ -132,8 +132,7 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
     init_from: str | None = essential(
         None,
         help="Start of the run: magnitude, wanda, sparsegpt, or an n:m model (folder or hub id) whose masks and "
-        "weights are taken. Structured patterns: magnitude, flap or taylor. The default of the methods cast and "
-        "finetune is sparsegpt for n:m, flap for channels and taylor for heads; that of the other methods is "
+        "weights are taken. The default of the methods cast and finetune is sparsegpt; that of the other methods is "
         "magnitude.",
     )
 
