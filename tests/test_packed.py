@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from castlm.cli.main import main
@@ -330,6 +331,24 @@ def test_hostile_metadata_are_refused(change, tmp_path):
     save_file({"x.values": torch.zeros(8, 4)}, tmp_path / FILE, metadata)
     with pytest.raises(InputError, match="damaged"):
         read_specs(read_header(tmp_path / FILE))
+
+
+def test_the_tokenizer_of_a_packed_folder_is_shorter_and_the_same(pruned, tmp_path):
+    source = shutil.copytree(pruned, tmp_path / "source")
+    content = json.loads((source / "tokenizer.json").read_text())
+    content |= {"model": {"type": "BPE"}, "added_tokens": []}
+    for merges, stored in (([["a", "b"]], ["a b"]), ([["a", " b"]], [["a", " b"]])):
+        content["model"] |= {"vocab": {"".join(merges[0]): 0, "a": 1, merges[0][1]: 2}, "merges": merges}
+        text = json.dumps(content, indent=2)
+        (source / "tokenizer.json").write_text(text)
+        pack_folder(source, tmp_path / "packed", overwrite=True)
+        found = (tmp_path / "packed" / "tokenizer.json").read_text()
+        assert json.loads(found)["model"]["merges"] == stored
+        assert len(found) < len(text)
+        assert Tokenizer.from_str(found).to_str() == Tokenizer.from_str(text).to_str()
+    (source / "tokenizer.json").write_text("{damaged")
+    pack_folder(source, tmp_path / "packed", overwrite=True)
+    assert (tmp_path / "packed" / "tokenizer.json").read_text() == "{damaged"
 
 
 def test_a_file_names_the_features_that_its_tensors_need(tmp_path):

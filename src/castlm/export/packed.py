@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -585,6 +586,27 @@ def _write_weights(folder: Path, how: _Packing | _Unpacking, names: tuple[str, s
     return single if len(files) == 1 else index
 
 
+def _shortened_tokenizer(text: str) -> str:
+    """A tokenizer.json without indents, and with each merge as one text: "a b" in place of ["a", "b"].
+
+    That of SmolLM2-135M has 1.4 MB in place of 3.5, and is read in three quarters of the time. A file from which the
+    library tokenizers makes another tokenizer then stays as it is.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        content = json.loads(text)
+        model = content.get("model") or {}
+        merges = [merge for merge in model.get("merges") or () if not isinstance(merge, str)]
+        if merges and all(" " not in part for merge in merges for part in merge):
+            model["merges"] = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+        shortened = json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+        is_same = Tokenizer.from_str(shortened).to_str() == Tokenizer.from_str(text).to_str()
+    except Exception:  # of any type: the library is written in Rust. What it cannot read is copied
+        return text
+    return shortened if is_same else text
+
+
 def _write_small_files(source: Path, folder: Path, config: Mapping[str, Any], facts: Facts, card: str) -> None:
     """Writes config.json, castlm.json, and the card if it has content; copies all other files but weights."""
     for path in sorted([*source.iterdir(), *source.glob(f"{CHAT_TEMPLATE_DIR}/*.jinja")]):
@@ -594,6 +616,8 @@ def _write_small_files(source: Path, folder: Path, config: Mapping[str, Any], fa
             copy = folder / path.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(path, copy)
+            if path.name == "tokenizer.json" and facts.packed is not None:
+                copy.write_text(_shortened_tokenizer(path.read_text(encoding="utf-8")), encoding="utf-8")
     atomic_write_json(folder / "config.json", config)
     if facts.packed is not None or (source / RESULT).is_file():
         atomic_write_json(folder / RESULT, facts.to_json())
