@@ -23,7 +23,7 @@ from benchmarks.peer import main
 
 FORMATS = ("Q8_0", "Q4_0")
 """Formats with groups of 256 weights do not divide the rows of SmolLM2-135M; IQ4_NL has NaN on an AMD EPYC (Zen 4)."""
-CONTEXT, SEQUENCES = 8192, 8
+CONTEXT, SEQUENCES = 32 * 1024, 32
 """Tokens that a runner takes, in all sequences together, and the most sequences."""
 PART = 2048
 """Tokens that it takes in one step."""

@@ -1,13 +1,15 @@
 """Speeds where people work: thousands of tokens in the context, one thread and all cores, batches of sequences.
 
-    python -m benchmarks.speeds FOLDER ... [--gguf FILE ...] [--openvino PYTHON --dense FOLDER] [--threads 1 2]
-                                [--contexts 32 2048 7900] [--batches 8 32] [--prompts 512 2048 7900] [--json OUT]
+    python -m benchmarks.speeds FOLDER ... [--gguf FILE ...] [--openvino PYTHON --dense FOLDER]
+                                [--ik-llama PYTHON --gguf-source FILE] [--threads 1 2] [--contexts 32 2048 7900]
+                                [--batches 8 32] [--batch-context 512] [--prompts 512 2048 7900] [--json OUT]
 
 FOLDER is a model that castlm-runtime runs, as `castlm quantize --packed` writes it. Peers run the dense model, each at
-its best: a GGUF file in llama.cpp with flash attention, once with a cache of f16 and once of q8_0, and a model folder
-in OpenVINO (see `openvino_peer.py`) with its cache of u8. Every row is a speed in tokens per second by the clock, the
-median of rounds in turns, A B A B; "batch of 8" is one token of each of 8 sequences with 512 tokens each. The tokens
-are random, and the same for all: speeds do not depend on them.
+its best: a GGUF file in llama.cpp with flash attention, once with a cache of f16 and once of q8_0, a model folder in
+OpenVINO (see `openvino_peer.py`) with its cache of u8, and a GGUF file in ik_llama.cpp (see `ik_llama_peer.py`). Every
+row is a speed in tokens per second by the clock, the median of rounds in turns, A B A B; "batch of 8" is one token of
+each of 8 sequences with `--batch-context` tokens each. The tokens are random, and the same for all: speeds do not
+depend on them.
 """
 
 from __future__ import annotations
@@ -28,7 +30,6 @@ from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
 from castlm_runtime.machine import physical_cores
 from castlm_runtime.model import BLOCK, CACHE_KINDS, Cache, Model, Part
 
-BATCH_CONTEXT = 512
 STEPS = 8  # that are timed together
 TOKEN = 100  # of each step
 PROMPT_PART = 512  # tokens that castlm and llama.cpp read at a time
@@ -180,6 +181,11 @@ def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[st
         )
         for form in options.openvino_formats:
             found[f"dense {form}, OpenVINO"] = Peer(process, form)
+    if options.ik_llama:
+        process = PeerProcess(
+            "ik_llama_peer", options.ik_llama, threads, Path(options.gguf_source), Path(options.scratch) / "ik_llama"
+        )
+        found["Q4_0, ik_llama.cpp"] = Peer(process, "Q4_0")
     return found
 
 
@@ -205,10 +211,11 @@ def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> 
     """Rows of {work, contestant, threads, per_second, low, high}."""
     rows: list[dict[str, Any]] = []
     random, longest = np.random.default_rng(0), max([*options.contexts, *options.prompts])
-    ids = random.integers(100, 40_000, (max(options.batches, default=1), max(longest, BATCH_CONTEXT)))
+    ids = random.integers(100, 40_000, (max(options.batches, default=1), max(longest, options.batch_context)))
     work = [(f"prompt of {length:,}", 1, length, True) for length in options.prompts]
     work += [(f"decoding at {length:,}", 1, length, False) for length in options.contexts]
-    work += [(f"batch of {count} at {BATCH_CONTEXT}", count, BATCH_CONTEXT, False) for count in options.batches]
+    length = options.batch_context
+    work += [(f"batch of {count} at {length}", count, length, False) for count in options.batches]
     room = max(num_tokens(count, length) for _, count, length, _ in work)
     for threads in options.threads:
         rivals = contestants(options, threads, room)
@@ -230,16 +237,21 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--openvino", metavar="PYTHON", help="of an environment with openvino, nncf, optimum-intel")
     parser.add_argument("--openvino-formats", nargs="+", default=["int4"])
     parser.add_argument("--dense", metavar="FOLDER", help="the dense model that OpenVINO converts")
+    parser.add_argument("--ik-llama", metavar="PYTHON", help="of an environment with ik-llama-cpp-python")
+    parser.add_argument("--gguf-source", metavar="FILE", help="bf16 GGUF file that ik_llama.cpp rounds to Q4_0")
     parser.add_argument("--scratch", metavar="FOLDER", help="keeps the converted model for another run")
     parser.add_argument("--threads", nargs="+", type=int, default=sorted({1, physical_cores()}))
     parser.add_argument("--contexts", nargs="*", type=int, default=[32, 2048, 7900])
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048, 7900])
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32])
+    parser.add_argument("--batch-context", type=int, default=512, help="tokens of each sequence of a batch")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
     if options.openvino and not (options.dense and has_packages(options.openvino, "openvino, nncf, optimum.intel")):
         sys.exit("--openvino needs --dense, and an environment with openvino, nncf and optimum-intel")
+    if options.ik_llama and not (options.gguf_source and has_packages(options.ik_llama, "ik_llama_cpp, gguf, numpy")):
+        sys.exit("--ik-llama needs --gguf-source, and an environment with ik-llama-cpp-python, gguf and numpy")
     with tempfile.TemporaryDirectory() as scratch:
         options.scratch = options.scratch or scratch
         rows = measure(options, lambda line: print(line, flush=True))
