@@ -333,12 +333,12 @@ def test_the_dtype_that_a_model_is_stored_in_is_known(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("stored", "written", "options"),
     [
-        (torch.bfloat16, torch.bfloat16, {"method": "wanda"}),
-        (torch.float32, torch.float16, {"method": "magnitude", "save_dtype": "fp16"}),
+        (torch.bfloat16, torch.bfloat16, {"solver": "wanda"}),
+        (torch.float32, torch.float16, {"solver": "magnitude", "save_dtype": "fp16"}),
     ],
 )
 def test_prune_writes_the_source_dtype_or_the_one_asked_for(stored, written, options, text, tmp_path):
-    text = text if options["method"] == "wanda" else None
+    text = text if options["solver"] == "wanda" else None
     out = prune_to(tmp_path / "out", save_as(tmp_path / "m", stored), text, **options)
     assert dtypes_in(out) == {written}
     assert record_of(out)["dtype"] == str(written).removeprefix("torch.")
