@@ -62,6 +62,11 @@ class Runner:
         self.length = 0
 
     def step(self, ids: np.ndarray) -> np.ndarray:
+        parts = [self._part(ids[:, start : start + PART]) for start in range(0, ids.shape[1], PART)]
+        return np.concatenate(parts, axis=1) if self.all_logits else parts[-1]
+
+    def _part(self, ids: np.ndarray) -> np.ndarray:
+        """The logits of at most PART new tokens of each sequence."""
         rows, tokens = ids.shape
         at_once = max(1, PART // tokens)  # sequences
         found = [self._step(ids[row : row + at_once], row) for row in range(0, rows, at_once)]

@@ -30,8 +30,10 @@ from benchmarks.peer_process import MissingPeerError, PeerProcess, has_packages
 from castlm_runtime.machine import physical_cores
 from castlm_runtime.model import BLOCK, CACHE_KINDS, Cache, Model, Part
 
-STEPS = 8  # that are timed together
+STEPS = 24  # that are timed together
+PAUSE = 0.2  # seconds in which the threads of the rival before stop to spin
 TOKEN = 100  # of each step
+ROOM = 512  # tokens of a sequence that steps may take after its prompt
 PROMPT_PART = 512  # tokens that castlm and llama.cpp read at a time
 
 
@@ -54,7 +56,7 @@ class Castlm:
 
     def read(self, ids: np.ndarray) -> float:
         count, length = ids.shape
-        blocks = -(-(length + 2 * STEPS * 16) // BLOCK)  # of a sequence, with room for its steps
+        blocks = -(-(length + ROOM) // BLOCK)  # of a sequence
         self.tables = np.arange(count * blocks, dtype=np.int32).reshape(count, blocks)
         self.logits, self.length = np.empty((count, self.model.vocabulary), np.float32), 0
         began = time.perf_counter()
@@ -84,24 +86,31 @@ class Castlm:
 
 
 class LlamaCpp:
-    """A GGUF file in llama.cpp with flash attention."""
+    """A GGUF file in llama.cpp with flash attention, whose sequences have caches of their own."""
 
-    def __init__(self, file: str, cache: str, threads: int, num_tokens: int, sequences: int):
+    def __init__(self, file: str, cache: str, threads: int):
         import llama_cpp
 
         self.api = llama_cpp
         llama_cpp.llama_log_set(_silent(llama_cpp), None)
         self.model = llama_cpp.llama_model_load_from_file(file.encode(), llama_cpp.llama_model_default_params())
-        params = llama_cpp.llama_context_default_params()
-        params.n_ctx, params.n_seq_max = num_tokens, sequences
+        self.params = params = llama_cpp.llama_context_default_params()
         params.n_batch = params.n_ubatch = PROMPT_PART
         params.n_threads = params.n_threads_batch = threads
-        params.flash_attn_type, params.kv_unified, params.no_perf = 1, True, True
+        params.flash_attn_type, params.kv_unified, params.no_perf = 1, False, True
         params.type_k = params.type_v = {"f16": llama_cpp.GGML_TYPE_F16, "q8_0": llama_cpp.GGML_TYPE_Q8_0}[cache]
-        self.context = llama_cpp.llama_init_from_model(self.model, params)
+        self.batch = llama_cpp.llama_batch_init(PROMPT_PART, 0, 1)
+        self.context, self.count, self.length = None, 0, 0
+
+    def _reset(self, count: int, length: int) -> None:
+        """A context of the size that prompts need, which llama.cpp divides among its sequences."""
+        if self.context:
+            self.api.llama_free(self.context)
+        self.params.n_ctx, self.params.n_seq_max = num_tokens(count, length), count
+        self.context = self.api.llama_init_from_model(self.model, self.params)
         if not self.context:
-            raise MissingPeerError(f"llama.cpp made no context for {file}")
-        self.batch = llama_cpp.llama_batch_init(max(PROMPT_PART, sequences), 0, 1)
+            raise MissingPeerError(f"llama.cpp made no context of {num_tokens(count, length):,} tokens")
+        self.count, self.length = count, length
 
     def _decode(self, tokens: Sequence[tuple[int, int, int, bool]]) -> None:
         """Runs (token, position, sequence, whether its logits are wanted)."""
@@ -114,8 +123,8 @@ class LlamaCpp:
         self.api.llama_synchronize(self.context)
 
     def read(self, ids: np.ndarray) -> float:
-        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
-        began, (self.count, self.length) = time.perf_counter(), ids.shape
+        self._reset(*ids.shape)
+        began = time.perf_counter()
         for row in range(self.count):
             for start in range(0, self.length, PROMPT_PART):
                 part = range(start, min(start + PROMPT_PART, self.length))
@@ -159,8 +168,8 @@ class Peer:
 
 
 def num_tokens(count: int, length: int) -> int:
-    """Places that `count` sequences take in a cache, with the steps that are timed after `length` tokens."""
-    return count * (length + 512)
+    """Places that `count` sequences take in a cache, in whole blocks, with the steps that follow `length` tokens."""
+    return count * -(-(length + ROOM) // BLOCK) * BLOCK
 
 
 def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[str, Contestant]:
@@ -172,9 +181,7 @@ def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[st
             found[f"{Path(folder).name}, castlm, {kind} cache"] = Castlm(model, kind, room)
     for file in options.gguf:
         for cache in ("f16", "q8_0"):
-            found[f"{Path(file).stem}, llama.cpp, {cache} cache"] = LlamaCpp(
-                file, cache, threads, room, max(options.batches, default=1)
-            )
+            found[f"{Path(file).stem}, llama.cpp, {cache} cache"] = LlamaCpp(file, cache, threads)
     if options.openvino:
         process = PeerProcess(
             "openvino_peer", options.openvino, threads, Path(options.dense), Path(options.scratch) / "openvino"
@@ -190,7 +197,7 @@ def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[st
 
 
 def in_turns(rivals: Mapping[str, Contestant], ids: np.ndarray, is_prompt: bool, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each rival in every round, A B A B after a warm-up round.
+    """Seconds of each rival in every round, A B A B after a warm-up round; before each a pause and a step.
 
     Args:
         ids: prompts (sequences, tokens).
@@ -199,8 +206,10 @@ def in_turns(rivals: Mapping[str, Contestant], ids: np.ndarray, is_prompt: bool,
     seconds: dict[str, list[float]] = {rival: [] for rival in rivals}
     for round_number in range(rounds + 1):
         for rival, runner in rivals.items():
+            time.sleep(PAUSE)
             spent = runner.read(ids) if is_prompt or round_number == 0 else 0.0
             if not is_prompt:
+                runner.steps(1)
                 spent = runner.steps(STEPS)
             if round_number:
                 seconds[rival].append(spent)
@@ -210,7 +219,7 @@ def in_turns(rivals: Mapping[str, Contestant], ids: np.ndarray, is_prompt: bool,
 def measure(options: argparse.Namespace, say: Callable[[str], None] = print) -> list[dict[str, Any]]:
     """Rows of {work, contestant, threads, per_second, low, high}."""
     rows: list[dict[str, Any]] = []
-    random, longest = np.random.default_rng(0), max([*options.contexts, *options.prompts])
+    random, longest = np.random.default_rng(0), max([0, *options.contexts, *options.prompts])
     ids = random.integers(100, 40_000, (max(options.batches, default=1), max(longest, options.batch_context)))
     work = [(f"prompt of {length:,}", 1, length, True) for length in options.prompts]
     work += [(f"decoding at {length:,}", 1, length, False) for length in options.contexts]
@@ -245,7 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--prompts", nargs="*", type=int, default=[512, 2048, 7900])
     parser.add_argument("--batches", nargs="*", type=int, default=[8, 32])
     parser.add_argument("--batch-context", type=int, default=512, help="tokens of each sequence of a batch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, choices=range(2, ROOM // (STEPS + 1)), default=5, metavar="ROUNDS")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
     if options.openvino and not (options.dense and has_packages(options.openvino, "openvino, nncf, optimum.intel")):
