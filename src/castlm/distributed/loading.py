@@ -72,9 +72,11 @@ def _pieces(tensor: Tensor) -> Iterable[Tensor]:
     return pieces
 
 
-def _stored_pieces(tensor: StoredTensor, transposed: bool) -> Iterator[Tensor]:
+def _stored_pieces(tensor: StoredTensor, transposed: bool, num_experts: int | None) -> Iterator[Tensor]:
     """As `_pieces`, read from a file in chunks, as the pages of a mapped file would count as memory of this process."""
     shape, dtype = tensor.shape or (1,), STORED[tensor.dtype]
+    if num_experts is not None:  # end to end
+        shape = (num_experts, shape[0] // num_experts, *shape[1:])
     is_whole = transposed and len(shape) == 2  # Conv1D's (in, out): a row of ours is a column of the file
     row = tensor.num_bytes // max(1, 1 if is_whole else shape[0])
     for chunk in byte_chunks(tensor, max(1, row)):
@@ -104,12 +106,18 @@ class Place:
     file: Path
     key: str
     transposed: bool = False
+    num_experts: int | None = None
+    """Of matrices that lie end to end in the tensor."""
 
     def read(self, read: Reader, rows: slice) -> Tensor:
         """Reads some rows of the parameter; some experts of a 3-D one."""
         stored = read(self.file).get_slice(self.key)
         part: Tensor
-        if self.transposed and len(stored.get_shape()) == 2:  # Conv1D's (in, out): our rows are columns of the file
+        if self.num_experts is not None:  # experts 2 to 4 of (4 * 96, 32): (2, 96, 32)
+            each, (first, last, _) = stored.get_shape()[0] // self.num_experts, rows.indices(self.num_experts)
+            part = stored[each * first : each * last].unflatten(0, (-1, each))
+            part = part.mT if self.transposed else part
+        elif self.transposed and len(stored.get_shape()) == 2:  # Conv1D's (in, out): our rows are columns of the file
             part = stored[:, rows].T  # (96, 32) <- (32, 96)
         elif self.transposed:  # experts, (experts, in, out), are sharded by their first axis
             part = stored[rows].mT
@@ -119,7 +127,7 @@ class Place:
 
     def pieces(self, header_of: HeaderOf) -> Iterable[Tensor]:
         """The parameter in pieces of whole rows."""
-        return _stored_pieces(header_of(self.file)[self.key], self.transposed)
+        return _stored_pieces(header_of(self.file)[self.key], self.transposed, self.num_experts)
 
 
 @dataclass(frozen=True)
@@ -309,8 +317,12 @@ def _places(model: PreTrainedModel, stored: Stored) -> dict[str, AnyPlace] | Non
             found = next((name for name in possible if name in stored), None)
             if found is not None:
                 tensor, is_transposed = stored[found], any(map(layout.is_transposed, names))
-                expected = empty.mT.shape if is_transposed else empty.shape
-                place = Place(tensor.file, found, is_transposed) if expected == tensor.shape else None
+                layer = model.get_submodule(fqn)
+                num_experts = layer.num_experts if isinstance(layer, ExpertLinear) and layer.is_flat else None
+                expected = empty.mT.shape if is_transposed and num_experts is None else empty.shape
+                if num_experts is not None:
+                    expected = layout.in_files(names[0], empty).shape
+                place = Place(tensor.file, found, is_transposed, num_experts) if expected == tensor.shape else None
         if place is None:
             return None
         places[names[0]] = place

@@ -8,7 +8,6 @@ from files of its transformer blocks, with at most one tensor in memory.
 from __future__ import annotations
 
 import contextlib
-import copy
 import math
 import os
 import shutil
@@ -55,7 +54,7 @@ from castlm.models.io import (
     some_of,
     write_all_but_weights,
 )
-from castlm.models.products import uses_of
+from castlm.models.products import plain_on_meta, uses_of
 from castlm.models.stored_layout import StoredLayout, by_block
 from castlm.patterns import parse_pattern
 from castlm_runtime.reading import user_path
@@ -81,8 +80,8 @@ def check_export(
     """
     scope = scope_of(model, pattern, filter_fn)
     layout, sparse, multiplied = StoredLayout(model), 0, 0
-    with torch.device("meta"), quiet_transformers():
-        plain = type(model)(copy.deepcopy(model.config))  # without layers in place of Conv1D and experts
+    with quiet_transformers():
+        plain = plain_on_meta(model)
     shapes = {name: parameter.numel() for name, parameter in plain.named_parameters()}
     uses = uses_of(plain)
     for name, layer in scope.layers.items():

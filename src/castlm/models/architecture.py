@@ -27,6 +27,7 @@ from castlm.core.distill import OutputHead
 from castlm.core.errors import InputError, check_type
 from castlm.core.experts import linearize_experts_
 from castlm.core.sparsify import LinearOfConv1D, check_model
+from castlm.models.products import stacks_of
 
 
 def check_of_transformers(model: object) -> None:
@@ -105,9 +106,10 @@ def check_context(config: PretrainedConfig, num_prompt: int, num_new: int) -> No
 
 
 def linearize_(model: PreTrainedModel) -> None:
-    """Replaces each `Conv1D` by an `nn.Linear`, and holds each 3-D weight of experts as an `ExpertLinear`, in place."""
+    """Replaces each `Conv1D` by an `nn.Linear`, and holds each weight of experts as an `ExpertLinear`, in place."""
     linearize_conv1d_(model)
     linearize_experts_(model)
+    linearize_experts_(model, stacks_of(model))
 
 
 @torch.no_grad()

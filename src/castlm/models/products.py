@@ -15,6 +15,7 @@ is not understood is not guessed: an operation that is not listed here leaves th
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,11 +23,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+from castlm.core.blocks import why_dense
+from castlm.core.experts import ExpertLinear, Stack
 
 _TOKENS = (8, 160)
 """The lengths of the sequences that pass through the model: the second only if the first does not reach all weights,
@@ -46,6 +51,10 @@ class Use:
     """Operations that use it in another way, such as a look-up."""
     is_called: bool = True
     """Whether only the forward pass of the module that holds it multiplies by it, so that another module can do so."""
+    chosen_of: set[int] = field(default_factory=set)
+    """Of a 2-D weight that is read as several matrices, of which one is chosen at a time, their number."""
+    reader: str = ""
+    """The innermost module in whose forward pass all operations on it are."""
 
     @property
     def is_known(self) -> bool:
@@ -92,6 +101,46 @@ _PRODUCTS: dict[str, tuple[tuple[int, int], ...]] = {
 """The arguments of each product, with the axis that it sums over."""
 
 
+def plain_on_meta(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same class and config as `model`, as the class makes it, on the meta device."""
+    with unset_fake_temporarily(), torch.device("meta"):
+        return type(model)(copy.deepcopy(model.config))
+
+
+def stacks_of(model: PreTrainedModel) -> dict[str, Stack]:
+    """The parameters inside the transformer blocks that hold the matrices of several experts, by name.
+
+    Those whose module says so itself (`is_transposed`) are layers already, see `linearize_experts_`.
+    """
+    in_layers = (nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv1D, ExpertLinear)
+    asked = {
+        f"{fqn}.{name}"
+        for fqn, module in model.named_modules()
+        if not isinstance(module, in_layers) and why_dense(fqn) is None
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() in (2, 3)
+    }
+    if not asked:
+        return {}
+    plain = plain_on_meta(model)
+    shapes = {name: parameter.shape for name, parameter in plain.named_parameters()}
+    with unset_fake_temporarily():
+        uses = uses_of(plain)
+    stacks = {}
+    for name in sorted(asked & uses.keys(), key=list(shapes).index):
+        use, shape = uses[name], shapes[name]
+        if use.axis not in (-1, -2):
+            continue
+        if len(shape) == 3 and use.width == shape[use.axis]:
+            stacks[name] = Stack(shape[0], use.axis == -2, False, use.reader)
+        elif len(shape) == 2 and len(use.chosen_of) == 1:
+            num_experts = next(iter(use.chosen_of))
+            rows, odd = divmod(shape[0], num_experts)
+            if not odd and use.width == (rows if use.axis == -2 else shape[-1]):
+                stacks[name] = Stack(num_experts, use.axis == -2, True, use.reader)
+    return stacks
+
+
 def uses_of(model: nn.Module) -> dict[str, Use]:
     """How a model uses each parameter with two axes or more, by name.
 
@@ -121,25 +170,29 @@ def uses_of(model: nn.Module) -> dict[str, Use]:
                 with watch:
                     module(torch.empty(1, width, device="meta"))
     unknown = {failure} if failure else set[str]()
+    names = {module: name for name, module in model.named_modules()}
+    for name, use in watch.uses.items():
+        use.chosen_of |= watch.chosen_of.get(name, set())
+        use.reader = names[watch.readers[name][-1]] if watch.readers.get(name) else ""
     return {name: watch.uses.get(name, Use(others=set(unknown))) for name in weights}
 
 
 @contextlib.contextmanager
 def _calls_noted(model: nn.Module, watch: _Watch) -> Iterator[None]:
-    """Tells `watch` inside the context which modules with weights are at work."""
+    """Tells `watch` inside the context which modules are at work."""
 
     def begin(module: nn.Module, args: Any) -> None:
         watch.at_work.append(module)
 
     def end(module: nn.Module, args: Any, output: Any) -> None:
-        watch.at_work.remove(module)
+        if module in watch.at_work:
+            watch.at_work.remove(module)
 
     hooks = []
     for name, module in model.named_modules():
         for leaf, _ in module.named_parameters(recurse=False):
             watch.owners[f"{name}.{leaf}".lstrip(".")] = module
-        if next(module.parameters(recurse=False), None) is not None:
-            hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
+        hooks += [module.register_forward_pre_hook(begin), module.register_forward_hook(end, always_call=True)]
     try:
         yield
     finally:
@@ -167,8 +220,13 @@ class _Watch(TorchDispatchMode):
         """Tensors that depend on the tokens. Other tensors without labels are constants."""
         self.at_work: list[nn.Module] = []
         self.owners: dict[str, nn.Module] = {}
+        self.chosen_of: dict[str, set[int]] = {}
+        self.readers: dict[str, list[nn.Module]] = {}
+        """The modules at work in all operations on a weight itself, the outer ones first."""
+        self.names = WeakIdKeyDictionary()
         self.dims = {name: weight.dim() for name, weight in weights.items()}
         for name, weight in weights.items():
+            self.names[weight] = name
             self.labels[weight] = tuple(frozenset([(name, axis)]) for axis in range(weight.dim()))
 
     def __torch_dispatch__(
@@ -179,6 +237,9 @@ class _Watch(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         labelled = [tensor for tensor in tensors if tensor in self.labels]
         depends = any(tensor in self.is_input for tensor in tensors)
+        for tensor in labelled:
+            if tensor in self.names:
+                self._note_reader(self.names[tensor])
         result = _run(function, name, args, kwargs, tensors)
         outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
         after: list[Labels] | None = None
@@ -197,6 +258,11 @@ class _Watch(TorchDispatchMode):
             elif depends:
                 self.is_input[output] = True
         return result
+
+    def _note_reader(self, weight: str) -> None:
+        before = self.readers.get(weight, self.at_work)
+        both = [module for module, other in zip(before, self.at_work) if module is other]
+        self.readers[weight] = both
 
     def _note_sums(self, name: str, args: Sequence[Any]) -> None:
         for argument, axis in _PRODUCTS[name]:
@@ -232,6 +298,10 @@ class _Watch(TorchDispatchMode):
     ) -> list[Labels] | None:
         """The labels of what an operation makes of weights and constants; None for one that is not understood."""
         first, none = self.labels[labelled[0]], frozenset[tuple[str, int]]()
+        if name == "select" and labelled[0].dim() == 3 and args[1] == 0:
+            for weight, axis in first[0]:
+                if self.dims[weight] == 2 and axis == 0:
+                    self.chosen_of.setdefault(weight, set()).add(labelled[0].shape[0])
         if name in _VIEWS:
             return _through_view(function, labelled[0], args, kwargs, first)
         if name in _COPIES:

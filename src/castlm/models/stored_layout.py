@@ -74,15 +74,13 @@ class StoredLayout:
         found = layer or self.model.get_submodule(fqn)
         assert isinstance(found, SparseLayer)
         shape = weight_parameter(found).shape  # not `layer.weight`, which gathers a scaled weight from all ranks
-        is_transposed = _is_transposed(found)
         if isinstance(found, ExpertLinear) and not found.transposed and (each := self._parts_of_experts(fqn, found)):
             return each
-        if is_transposed:
-            shape = torch.Size((*shape[:-2], shape[-1], shape[-2]))
-        stored = self._converted({_state_dict_name(found, fqn): torch.empty(shape, device="meta")})
+        form = _in_files(found, torch.empty(shape, device="meta"))
+        stored = self._converted({_state_dict_name(found, fqn): form})
         whole = slice(0, found.out_features)
         return [
-            Part(name, tuple(tensor.shape), None, whole, tensor.dim() - (2 if is_transposed else 1))
+            Part(name, tuple(tensor.shape), None, whole, tensor.dim() - (2 if _is_transposed(found) else 1))
             for name, tensor in stored.items()
         ]
 
@@ -116,6 +114,11 @@ class StoredLayout:
         fqn, _, leaf = parameter_name.rpartition(".")
         return leaf == "weight" and _is_transposed(self.model.get_submodule(fqn))
 
+    def in_files(self, parameter_name: str, value: Tensor) -> Tensor:
+        """The value of a parameter in the form that the files hold, before transformers splits or renames it."""
+        fqn, _, leaf = parameter_name.rpartition(".")
+        return _in_files(self.model.get_submodule(fqn), value) if leaf == "weight" else value
+
     def to_stored(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The stored tensors for values of parameters and buffers, by their names on disk; contiguous copies or views.
 
@@ -123,10 +126,7 @@ class StoredLayout:
             values: by name in the model. transformers makes one stored tensor of several values in some families, all
                 of one transformer block, so pass whole blocks (`by_block`).
         """
-        laid_out = {
-            self.key(name): value.mT.contiguous() if self.is_transposed(name) else value
-            for name, value in values.items()
-        }
+        laid_out = {self.key(name): self.in_files(name, value) for name, value in values.items()}
         return {name: tensor.contiguous() for name, tensor in self._converted(laid_out).items()}
 
     def _converted(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,6 +167,12 @@ def by_block(names: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
 
 def _is_transposed(layer: nn.Module) -> bool:
     return isinstance(layer, LinearOfConv1D) or (isinstance(layer, ExpertLinear) and layer.transposed)
+
+
+def _in_files(layer: nn.Module, weight: Tensor) -> Tensor:
+    if isinstance(layer, ExpertLinear):
+        return layer.stored(weight).contiguous() if layer.transposed else layer.stored(weight)
+    return weight.mT.contiguous() if isinstance(layer, LinearOfConv1D) else weight
 
 
 def _state_dict_name(module: nn.Module, fqn: str) -> str:
