@@ -72,7 +72,7 @@ def test_check_says_whether_a_run_can_converge_and_how_long_it_takes(llama, text
     out = capsys.readouterr().out
     assert "reach zero" in out
     assert float(out.partition(" tokens/s")[0].splitlines()[-1].replace(",", "")) > 0
-    assert float(out.partition("start: ")[2].partition(" s before")[0]) > 0
+    assert float(out.partition("start: ")[2].partition(" s before")[0]) >= 0  # tenths
     assert main(arguments(llama, text, "--decay", "proportional")) == 2  # another start is in the folder
     assert "unused.partial" in capsys.readouterr().err
     assert main(arguments(llama, text, "--decay", "proportional", "--overwrite")) == 1

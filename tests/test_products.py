@@ -16,7 +16,7 @@ from castlm.export.verify import verify
 from castlm.models.products import uses_of
 from tests.runs import edit_json
 from tests.slow import slow
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
 SIZES = {"vocab_size": 264, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -114,17 +114,15 @@ def test_no_entry_of_a_config_turns_the_axis(tmp_path):
     assert verify(tmp_path).totals() == before
 
 
-def test_experts_that_stay_dense_are_refused_and_say_no(tmp_path, capsys):
-    model = random_model("dbrx")
-    model.save_pretrained(tmp_path / "dense")
-    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+def test_weights_that_stay_dense_are_refused_and_said(tmp_path, capsys):
+    save_tiny(tmp_path / "dense", "deepseek_v4")
     command = ["prune", "--model", str(tmp_path / "dense"), "--output-dir", str(tmp_path / "out")]
     command += ["--solver", "magnitude"]
     assert main(command) == 1
-    assert "allow_dense 0.8" in capsys.readouterr().err
+    assert "allow_dense 0.15" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
-    assert main([*command, "--allow-dense", "0.9"]) == 0
-    assert "2:4 in 1" in capsys.readouterr().out.splitlines()[0]
+    assert main([*command, "--allow-dense", "0.2"]) == 0
+    assert "2:4 in 8" in capsys.readouterr().out.splitlines()[0]
     assert main(["verify", str(tmp_path / "out")]) == 1
     first = capsys.readouterr().out.splitlines()[0]
     share = verify(tmp_path / "out").share
