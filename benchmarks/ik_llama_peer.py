@@ -5,7 +5,8 @@
 The wheel of the package index is not compiled for this processor, and its source archive lacks a file. Compiled so,
 `LD_LIBRARY_PATH` names the folder `ik_llama_cpp/lib` of the environment. A process of its own, since its libraries have
 the names of llama.cpp's. The source of `make` is a GGUF file. Weights are repacked into interleaved rows while they
-are loaded (its option -rtr). Attention is its flash attention, as by default.
+are loaded (its option -rtr). Attention is its flash attention, as by default. A request may name the cache after the
+format, as "Q4_0 q8_0"; otherwise it is f16.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FORMATS = ("Q8_0", "Q4_0")
 """Formats with groups of 256 weights do not divide the rows of SmolLM2-135M; IQ4_NL has NaN on an AMD EPYC (Zen 4)."""
 CONTEXT, SEQUENCES = 32 * 1024, 32
 """Tokens that a runner takes, in all sequences together, and the most sequences."""
+CACHES = {"f16": 1, "q8_0": 8}
+"""Types of ggml.h by name, which the binding lacks."""
 PART = 2048
 """Tokens that it takes in one step."""
 
@@ -46,14 +49,16 @@ class Runner:
     """One format of the model, ready to run."""
 
     def __init__(self, folder: str, name: str, threads: int, all_logits: bool):
+        form, _, cache = name.partition(" ")
         params = ik.llama_model_default_params()
         params.use_mmap, params.repack_tensors = False, True
-        self.model = ik.llama_model_load_from_file(f"{folder}/{name}.gguf".encode(), params)
+        self.model = ik.llama_model_load_from_file(f"{folder}/{form}.gguf".encode(), params)
         self.vocabulary = ik.llama_vocab_n_tokens(ik.llama_model_get_vocab(self.model))
         self.all_logits, self.length = all_logits, 0
         options = ik.llama_context_default_params()
         options.n_ctx, options.n_batch, options.n_ubatch = CONTEXT, PART, PART
         options.n_threads = options.n_threads_batch = threads
+        options.type_k = options.type_v = CACHES[cache or "f16"]
         options.logits_all, options.n_seq_max = all_logits, SEQUENCES
         self.context = ik.llama_init_from_model(self.model, options)
 

@@ -5,11 +5,10 @@
                                 [--batches 8 32] [--batch-context 512] [--prompts 512 2048 7900] [--json OUT]
 
 FOLDER is a model that castlm-runtime runs, as `castlm quantize --packed` writes it. Peers run the dense model, each at
-its best: a GGUF file in llama.cpp with flash attention, once with a cache of f16 and once of q8_0, a model folder in
-OpenVINO (see `openvino_peer.py`) with its cache of u8, and a GGUF file in ik_llama.cpp (see `ik_llama_peer.py`). Every
-row is a speed in tokens per second by the clock, the median of rounds in turns, A B A B; "batch of 8" is one token of
-each of 8 sequences with `--batch-context` tokens each. The tokens are random, and the same for all: speeds do not
-depend on them.
+its best: a GGUF file in llama.cpp and in ik_llama.cpp (see `ik_llama_peer.py`) with flash attention, once with a cache
+of f16 and once of q8_0, and a model folder in OpenVINO (see `openvino_peer.py`) with its cache of u8. Every row is a
+speed in tokens per second by the clock, the median of rounds in turns, A B A B; "batch of 8" is one token of each of 8
+sequences with `--batch-context` tokens each. The tokens are random, and the same for all: speeds do not depend on them.
 """
 
 from __future__ import annotations
@@ -192,7 +191,8 @@ def contestants(options: argparse.Namespace, threads: int, room: int) -> dict[st
         process = PeerProcess(
             "ik_llama_peer", options.ik_llama, threads, Path(options.gguf_source), Path(options.scratch) / "ik_llama"
         )
-        found["Q4_0, ik_llama.cpp"] = Peer(process, "Q4_0")
+        for cache in ("f16", "q8_0"):
+            found[f"Q4_0, ik_llama.cpp, {cache} cache"] = Peer(process, f"Q4_0 {cache}")
     return found
 
 
@@ -257,6 +257,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, choices=range(2, ROOM // (STEPS + 1)), default=5, metavar="ROUNDS")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args(arguments)
+    if not (options.contexts or options.prompts or options.batches):
+        parser.error("nothing to measure: name lengths by --contexts, --prompts or --batches")
     if options.openvino and not (options.dense and has_packages(options.openvino, "openvino, nncf, optimum.intel")):
         sys.exit("--openvino needs --dense, and an environment with openvino, nncf and optimum-intel")
     if options.ik_llama and not (options.gguf_source and has_packages(options.ik_llama, "ik_llama_cpp, gguf, numpy")):
