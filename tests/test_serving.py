@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import threading
@@ -27,6 +28,7 @@ from castlm.packed.layers import pack_model_
 from castlm_runtime import engine as engine_module
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.engine import Answer, Batch, BusyError, Engine
+from castlm_runtime.machine import address_space, available_memory
 from castlm_runtime.model import block_bytes
 from castlm_runtime.server import app as app_module
 from castlm_runtime.server import connections
@@ -463,10 +465,12 @@ def test_a_request_that_is_refused_for_others_is_told_when_to_ask_again(engine, 
     assert all(len(response.json()["error"]["message"].split()) > 3 for response in refused)
 
 
-def start_serving(folder: Path) -> tuple[str, BaseProcess]:
-    """`castlm serve` in a process, and its address; `folder` has its log."""
-    port = free_port()
-    arguments = (str(save_tiny(folder / "small")), "--port", str(port), "--threads", "1")
+def start_serving(folder: Path, port: int | None = None) -> tuple[str, BaseProcess]:
+    """`castlm serve` in a process, and its address; `folder` has its log, and may have a model, "small"."""
+    port = port or free_port()
+    if not (folder / "small").exists():
+        save_tiny(folder / "small")
+    arguments = (str(folder / "small"), "--port", str(port), "--threads", "1")
     process = start_command("castlm", "serve", *arguments, log=folder / "log")
     url = f"http://localhost:{port}"
     for _ in range(600):
@@ -507,6 +511,115 @@ def test_sigterm_ends_open_streams_with_an_error_and_leaves_no_traceback(tmp_pat
     assert "error" in ends
     assert wait_ranks([process], 30) == [143]
     assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def post_of(**body: object) -> bytes:
+    content = json.dumps({"prompt": "a", "temperature": 0} | body).encode()
+    return head_of(len(content), "Connection: close") + content
+
+
+def open_stream(url: str, num_tokens: int) -> socket.socket:
+    """A stream of so many tokens, once it has begun."""
+    stream = socket.create_connection(("localhost", int(url.rsplit(":", 1)[1])), timeout=60)
+    stream.sendall(post_of(max_tokens=num_tokens, stream=True, ignore_eos=True))
+    assert stream.recv(12) == b"HTTP/1.1 200"
+    return stream
+
+
+def rest_of(stream: socket.socket) -> bytes:
+    """What comes until the other side ends the connection, by whatever means."""
+    parts = []
+    with stream, contextlib.suppress(ConnectionResetError):
+        while part := stream.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def children(process: int) -> list[int]:
+    files = Path(f"/proc/{process}/task").glob("*/children")
+    return [int(number) for file in files for number in file.read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds processes in /proc")
+def test_a_server_that_is_killed_in_an_answer_leaves_nothing_and_starts_again(tmp_path):
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = TEMPLATE  # so that a process renders it
+    tiny_model("llama", max_position_embeddings=8192).save_pretrained(tmp_path / "small")
+    tokenizer.save_pretrained(tmp_path / "small")
+    files = {file: file.stat().st_mtime_ns for file in (tmp_path / "small").rglob("*")}
+
+    url, process = start_serving(tmp_path)
+    stream, others = open_stream(url, 8000), children(process.pid)
+    assert len(others) == 1
+    os.kill(process.pid, signal.SIGKILL)
+    assert b"[DONE]" not in rest_of(stream)
+    assert wait_ranks([process], 30) == [-signal.SIGKILL]
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{other}").exists() and "Z" not in state_of(other) for other in others):
+        assert time.monotonic() < deadline, "a process outlives its server"
+        time.sleep(0.05)
+    assert {file: file.stat().st_mtime_ns for file in (tmp_path / "small").rglob("*")} == files
+
+    url, process = start_serving(tmp_path, int(url.rsplit(":", 1)[1]))
+    assert b"[DONE]" in rest_of(open_stream(url, 20))
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait_ranks([process], 30) == [143]
+
+
+def state_of(process: int) -> str:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits the memory of another process")
+def test_a_memory_limit_in_an_answer_ends_the_request_that_does_not_fit_alone(tmp_path):
+    save_tiny(tmp_path / "small", max_position_embeddings=8192, intermediate_size=8192)
+    url, process = start_serving(tmp_path)
+    expected = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 20}).json()
+    stream = open_stream(url, 4000)
+    used = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
+    _, most = resource.prlimit(process.pid, resource.RLIMIT_AS)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (used + (48 << 20), most))
+    # A pass of 512 tokens takes 100 MB.
+    refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b" * 2000, "max_tokens": 5}, timeout=60)
+    assert refused.status_code == 503
+    assert "memory" in refused.json()["error"]["message"]
+    again = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 20}, timeout=60)
+    assert again.json()["choices"] == expected["choices"]
+    assert b"[DONE]" in rest_of(stream)
+    resource.prlimit(process.pid, resource.RLIMIT_AS, (most, most))
+    fits = httpx.post(f"{url}/v1/completions", json={"prompt": "b" * 2000, "max_tokens": 5}, timeout=60)
+    assert fits.status_code == 200
+    os.kill(process.pid, signal.SIGTERM)
+    assert wait_ranks([process], 30) == [143]
+    assert "Traceback" not in (tmp_path / "log").read_text()
+
+
+def test_a_prompt_that_memory_cannot_hold_ends_alone(engine, monkeypatch):
+    expected = complete(engine, prompt="a", max_tokens=40, ignore_eos=True).json()["choices"]
+    forward = engine.model.forward
+
+    def limited(cache: object, parts: list) -> None:
+        if sum(len(part.tokens) for part in parts) > 60:
+            raise MemoryError
+        forward(cache, parts)
+
+    monkeypatch.setattr(engine.model, "forward", limited)
+    short = {"prompt": "a", "max_tokens": 40, "temperature": 0, "ignore_eos": True}
+    bodies = [short, {"prompt": "b" * 100, "max_tokens": 5}, short, {"prompt": "c" * 120, "max_tokens": 5}]
+    found = ask(engine, *(("POST", "/v1/completions", body) for body in bodies))
+    assert [response.status_code for response in found] == [200, 503, 200, 503]
+    assert all(response.json()["choices"] == expected for response in (found[0], found[2]))
+    assert engine.batch.blocks.num_used == 0
+
+
+def test_a_server_under_a_memory_limit_takes_a_cache_that_fits(monkeypatch):
+    _, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = address_space() + (100 << 20)
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, most))
+    assert available_memory() <= 100 << 20
 
 
 def test_the_openai_client_is_answered(server):

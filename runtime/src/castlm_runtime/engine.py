@@ -434,7 +434,7 @@ class Engine:
         if not in_order:
             return count
         with _failing(*in_order):
-            found = self.batch.step([self._running[answer][0] for answer in in_order])
+            found = self._read(in_order)
             by_running = {self._running[answer][0]: answer for answer in in_order}
             for running, answer in by_running.items():
                 with _failing(answer):
@@ -460,6 +460,19 @@ class Engine:
             count = len(found)
         self._remove_finished()
         return count
+
+    def _read(self, answers: list[Answer]) -> list[Running]:
+        """A pass for `answers`. Where memory is short, the one that reads most ends and leaves the list, and the others
+        go on; of equals it is the one that is due last.
+        """
+        while answers:
+            try:
+                return self.batch.step([self._running[answer][0] for answer in answers])
+            except MemoryError as error:
+                largest = max(reversed(answers), key=lambda answer: self._running[answer][0].num_unread)
+                largest.finish("error", error)
+                answers.remove(largest)
+        return []
 
     def _score(self, running: Running, answer: Answer) -> None:
         """The log probabilities of the tokens of a prompt that the last step has read."""

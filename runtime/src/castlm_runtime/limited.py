@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from castlm_runtime.errors import InputError, one_line
+from castlm_runtime.machine import address_space
 
 _WALL_FACTOR = 12  # of the processor time, for a machine that others use, and for the start of the process
 _MAX_SECONDS = 86_400.0
@@ -164,7 +165,7 @@ def serve() -> None:
     """Answers calls of the function that the command line names, until stdin ends."""
     module, _, name = sys.argv[1].partition(":")
     function = getattr(importlib.import_module(module), name)
-    own_bytes = _own_bytes()
+    own_bytes = address_space()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which closes stdin
     requests, replies = sys.stdin.buffer, sys.stdout.buffer
     sys.stdout = sys.stderr
@@ -183,13 +184,6 @@ def serve() -> None:
             reply = json.dumps({"error": str(error) or type(error).__name__})
         signal.setitimer(signal.ITIMER_PROF, 0)
         _write(replies, reply.encode(), found)
-
-
-def _own_bytes() -> int:
-    """The address space of this process; 0 where the system does not tell."""
-    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
-        return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-    return 0
 
 
 def _limit_memory(num_bytes: int) -> None:

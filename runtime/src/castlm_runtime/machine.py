@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from pathlib import Path
 
 from castlm_runtime.errors import InputError
@@ -47,14 +49,24 @@ def physical_cores() -> int:
     return max(1, count)
 
 
+def address_space() -> int:
+    """Bytes of addresses that this process has; 0 where the system does not tell."""
+    with contextlib.suppress(OSError), open("/proc/self/statm") as statm:
+        return int(statm.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
 def available_memory() -> float:
-    """Bytes of memory that are free, or can be made free, within the limit of the process's cgroup."""
+    """Bytes of memory that are free, or can be made free, within the limits of the process and of its cgroup."""
     found = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
         found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2)
+    most, _ = resource.getrlimit(resource.RLIMIT_AS)
+    if most != resource.RLIM_INFINITY:
+        found.append(max(0.0, float(most - address_space())))
     for limit, used in _CGROUPS:
         try:
             found.append(max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text())))
