@@ -26,6 +26,7 @@ from typing import Any
 
 from benchmarks.machine import machine, write_json
 from benchmarks.short_run import add_run_options
+from castlm.api.pack import HEAD_CHOICES
 from castlm.cli.main import main as castlm
 from castlm.facts import Facts
 from castlm_runtime.formats import FORMATS
@@ -76,19 +77,18 @@ def run_of(args: argparse.Namespace, pattern: str, bits: int | None, seed: int) 
     return folder
 
 
-def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str, head: str | None) -> Row:
+def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str, head: str) -> Row:
     """One row: the perplexity of a run as trained, and that of its packed folder, with its bytes."""
     is_trained = way == WAYS[1]
     run = run_of(args, pattern, bits if is_trained else None, seed)
     text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
     with tempfile.TemporaryDirectory() as folder:
         packed, figures = Path(folder) / "packed", Path(folder) / "figures.json"
-        tables = {"head": head} if head else {}
         if is_trained:
-            reads = head is not None and FORMATS[head].reads_text
-            _run("pack", run, output_dir=packed, **tables, **(text if reads else {}))
+            reads = head != "source" and FORMATS[head].reads_text
+            _run("pack", run, output_dir=packed, head=head, **(text if reads else {}))
         else:
-            _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", **text, **tables)
+            _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", head=head, **text)
         measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
         _run("eval", packed, text=args.eval_text, json=figures, **measured)
         found = json.loads(figures.read_text())["perplexity"]
@@ -115,7 +115,7 @@ def table(rows: list[Row]) -> str:
     for pattern, bits, head in dict.fromkeys((row["pattern"], row["bits"], row["head"]) for row in rows):
         of_weights = [r for r in rows if (r["pattern"], r["bits"], r["head"]) == (pattern, bits, head)]
         after, trained = ([r for r in of_weights if r["way"] == way] for way in WAYS)
-        name = f"{pattern} int{bits}{f', {head} head' if head else ''}"
+        name = f"{pattern} int{bits}, {head} head"
         shown = [name, f"{bits_per_weight(pattern, bits):.2f}", f"{of_weights[0]['mb']:.1f}"]
         shown += [", ".join(f"{r['as_trained']:.2f}" for r in after)]
         shown += [", ".join(f"{r['perplexity']:.2f}" for r in found) for found in (after, trained)]
@@ -137,14 +137,14 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--dense-rate", type=float, default=5e-4, help="of dense weights that are not rounded")
     parser.add_argument("--cells", nargs="+", default=CELLS)
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
-    parser.add_argument("--heads", nargs="+", default=[], help="formats of head and embedding; by default not rounded")
+    parser.add_argument("--heads", nargs="+", default=["source"], choices=HEAD_CHOICES, help="of head and embedding")
     options = parser.parse_args(arguments)
     options.output_dir.mkdir(parents=True, exist_ok=True)
     file = options.output_dir / "rows.json"
     rows = json.loads(file.read_text())["rows"] if file.exists() else []
     keys = ("pattern", "bits", "seed", "way", "head")
     seeds = range(options.first_seed, options.first_seed + options.seeds)
-    for seed, name, way, head in itertools.product(seeds, options.cells, options.ways, options.heads or [None]):
+    for seed, name, way, head in itertools.product(seeds, options.cells, options.ways, options.heads):
         pattern, _, bits = name.rpartition("/")
         if (pattern, int(bits), seed, way, head) in [tuple(row[key] for key in keys) for row in rows]:
             continue
