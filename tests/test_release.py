@@ -31,3 +31,9 @@ def test_a_release_runs_the_commands_of_the_repository():
         else:
             assert command.startswith("echo ") or command.endswith(" .ci/run"), command
     assert set(jobs) - {"publish"} == set(jobs["publish"]["needs"])
+
+
+def test_the_install_page_lists_every_extra_of_a_user():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    page = (ROOT / "docs" / "install.md").read_text(encoding="utf-8")
+    assert set(re.findall(r"^\| `(\w+)` \|", page, re.M)) == set(extras) - {"docs", "dev"}
