@@ -24,6 +24,8 @@ _pointer, _size, _float, _int = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float,
 _WEIGHTS = ("q", "k", "v", "o", "gate", "up", "down")
 _NORMS = ("attention_norm", "mlp_norm", "q_norm", "k_norm", "post_attention_norm", "post_mlp_norm")
 _SIZES = ("num_layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")
+_EXPERTS = ("num_experts", "experts_per_token", "expert_intermediate")
+_CHOICES = ("activation", "wide_head_norms", "layer_norms", "is_parallel", "normalizes_experts")
 _SCALES = ("epsilon", "attention_scale", "embedding_scale", "residual_scale", "logit_scale", "logit_cap")
 
 
@@ -36,13 +38,15 @@ class LayerSpec(ctypes.Structure):
         *((name, WeightRef) for name in _WEIGHTS),
         *((name, _pointer) for name in (*_NORMS, "cosines", "sines")),
         ("window", _size),
+        ("router", WeightRef),
+        ("experts", _pointer),
     ]
 
 
 class ModelSpec(ctypes.Structure):
     _fields_ = [
-        *((name, _size) for name in (*_SIZES, "max_positions", "rotary_dim")),
-        *((name, _int) for name in ("activation", "wide_head_norms")),
+        *((name, _size) for name in (*_SIZES, "max_positions", "rotary_dim", *_EXPERTS)),
+        *((name, _int) for name in _CHOICES),
         *((name, _float) for name in _SCALES),
         ("layers", ctypes.POINTER(LayerSpec)),
         ("norm", _pointer),

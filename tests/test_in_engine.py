@@ -5,22 +5,25 @@ import json
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
+from castlm.export import packed
 from castlm.packed import native
 from castlm.packed.generate import generate_text
 from castlm.packed.in_engine import model_in_engine, session_of, why_not_in_engine
 from castlm.packed.layers import pack_model_
+from castlm.packed.register import register
 from castlm_runtime import families
 from castlm_runtime.families import FAMILIES, describe
 from castlm_runtime.generate import Session
 from castlm_runtime.model import Cache, Model, Part
 from castlm_runtime.tokenizer import Tokenizer
 from tests.refusals import refusal
-from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
+from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.skipif(native.kernels() is None, reason=native.NOT_BUILT)
 
@@ -53,7 +56,22 @@ CASES = [
     ("granite", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4}),
     ("gemma3_text", {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}),
     ("gemma3_text", {"final_logit_softcapping": 3.0}),
+    ("mixtral", {"num_local_experts": 7, "num_experts_per_tok": 3}),
+    ("mixtral", {"sliding_window": 4, "num_experts_per_tok": 1}),
+    ("qwen3_moe", {}),
+    ("qwen3_moe", {"norm_topk_prob": True, "mlp_only_layers": [1], "use_sliding_window": True, "sliding_window": 4}),
+    ("qwen3_moe", {"num_experts": 6, "decoder_sparse_step": 2, "num_experts_per_tok": 6}),
+    ("olmoe", {}),
+    ("olmoe", {"norm_topk_prob": True}),
+    ("granitemoe", {"embedding_multiplier": 3.0, "logits_scaling": 2.0, "residual_multiplier": 0.4}),
+    ("gpt_neox", {}),
+    ("gpt_neox", {"use_parallel_residual": False, "hidden_act": "gelu_new", "attention_bias": False}),
+    ("phi", {}),
+    ("stablelm", {"use_qkv_bias": True}),
+    ("starcoder2", {"sliding_window": 4}),
+    ("starcoder2", {"use_bias": False, "tie_word_embeddings": False}),
 ]
+EXPERTS = [family for family, of in FAMILIES.items() if of.experts]
 
 
 def packed_model(family: str, n: int = 2, m: int = 4, **over) -> PreTrainedModel:
@@ -93,7 +111,7 @@ def test_logits_and_tokens_are_those_of_transformers_in_every_family(family, ove
     assert list(done.tokens) == expected[0, IDS.shape[1] :].tolist()
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "phi3"])
+@pytest.mark.parametrize("family", [family for family, of in FAMILIES.items() if not (of.is_fused or of.experts)])
 def test_packed_layers_share_their_buffers_with_the_engine(family):
     model = packed_model(family)
     with torch.inference_mode():
@@ -106,7 +124,8 @@ def test_what_a_config_lacks_is_what_transformers_takes(family):
     standard = CONFIG_MAPPING[family]()
     for key, value in FAMILIES[family].defaults.items():
         # Some classes change a value that they were given, as Qwen2 does with its window.
-        found = standard.rope_parameters[key] if key == "rope_theta" else getattr(CONFIG_MAPPING[family], key)
+        is_of_rope = key in ("rope_theta", "partial_rotary_factor")
+        found = standard.rope_parameters[key] if is_of_rope else getattr(CONFIG_MAPPING[family], key)
         assert found == value, key
     model = tiny_model(family)
     config = json.loads(model.config.to_json_string(use_diff=False))
@@ -117,13 +136,100 @@ def test_what_a_config_lacks_is_what_transformers_takes(family):
         assert (
             describe({**config, "head_dim": own.head_dim, "num_key_value_heads": own.kv_heads}).windows == own.windows
         )
-    rotary = model.model.rotary_emb
+    rotary = model.base_model.rotary_emb
     for layer, rope in enumerate(own.ropes):
         kind = getattr(model.config, "layer_types", None)
         name = f"{kind[layer]}_inv_freq" if kind and hasattr(rotary, f"{kind[layer]}_inv_freq") else "inv_freq"
         if rope is not None:
             exact = getattr(rotary, name).numpy()
             np.testing.assert_allclose(rope.frequencies, exact, rtol=3e-7)
+
+
+@pytest.mark.parametrize("family", [*EXPERTS, "gpt_neox"])
+@pytest.mark.parametrize(
+    ("pattern", "kind"),
+    [("2:4", None), ("8:16", "int8"), ("4:8", "int4"), ("2:4", "int3"), (None, "int4"), (None, "int8")],
+)
+def test_packed_folders_of_all_formats_have_the_logits_of_their_plain_ones(
+    family, pattern, kind, tmp_path, monkeypatch
+):
+    """In one token at a time, in prompts and in several sequences together, with each cache."""
+    monkeypatch.setattr(packed, "check_loads", lambda folder: None)  # in a fresh process
+    source = save_tiny(tmp_path / "dense", family, hidden_size=64, intermediate_size=64)
+    if pattern:
+        options = ["--solver", "magnitude", "--pattern", pattern]
+        assert main(["prune", "--model", str(source), "--output-dir", str(tmp_path / "sparse"), *options]) == 0
+        source = tmp_path / "sparse"
+    rounded = ["pack", str(source)]
+    if kind:
+        rounded = ["quantize", str(source), "--packed", "--head", "source", "--kind", kind]
+    if kind == "int3":
+        (tmp_path / "text.txt").write_text(TEXT)
+        rounded += ["--calibration", str(tmp_path / "text.txt"), "--calibration-sequences", "4", "--seq-len", "64"]
+    assert main([*rounded, "--output-dir", str(tmp_path / "packed")]) == 0
+    packed.unpack_folder(tmp_path / "packed", tmp_path / "plain")
+    exact = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
+    ids = torch.randint(256, (1, 100), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = exact(ids).logits[0]
+    engine = Model.open(tmp_path / "packed", threads=2)
+
+    def check(found: np.ndarray, exact: torch.Tensor, is_exact: bool) -> None:
+        """Integers round activations to 8 bits, and a cache rounds keys: some tokens then choose another of two experts
+        that are nearly equal, so that the error of a usual token is looked at."""
+        logits = torch.from_numpy(found)
+        errors = (logits - exact).norm(dim=1) / exact.norm(dim=1)
+        assert float(errors.max() if is_exact else errors.median()) < (1e-4 if is_exact else 0.15)
+
+    sizes = [1, 1, 70, 3, 1, 20, 4]
+    ends = np.cumsum(sizes) - 1
+    for cache in ("fp32", "bf16", "int8"):
+        check(in_parts(engine, ids[0].tolist(), sizes, cache), expected[ends], kind is None and cache == "fp32")
+    check(engine.logits(ids[0].tolist()), expected, kind is None)
+
+
+@pytest.mark.parametrize("family", [*EXPERTS, "gpt_neox", "phi", "stablelm"])
+def test_the_bits_of_experts_and_layer_norms_do_not_depend_on_the_number_of_threads(family, tmp_path):
+    save_tiny(tmp_path, family, num_experts_per_tok=3)
+    ids = torch.randint(256, (150,), generator=torch.Generator().manual_seed(1)).tolist()
+    sizes = [1, 100, 4, 20, 1, 1, 23]
+    alone = Model.open(tmp_path, threads=1)
+    engine = Model.open(tmp_path, threads=1)
+    for kind in ("fp32", "bf16", "int8"):
+        expected = in_parts(alone, ids, sizes, kind)
+        for threads in (2, 3, 5, 8):  # more than there are processors, too
+            engine.threads = threads
+            assert np.array_equal(in_parts(engine, ids, sizes, kind), expected)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_packed_experts_in_memory_run_in_the_engine(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(packed, "check_loads", lambda folder: None)
+    save_tiny(tmp_path / "dense", family)
+    options = ["--solver", "magnitude", "--output-dir", str(tmp_path / "sparse")]
+    assert main(["prune", "--model", str(tmp_path / "dense"), *options]) == 0
+    assert main(["pack", str(tmp_path / "sparse"), "--output-dir", str(tmp_path / "packed")]) == 0
+    register()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert why_not_in_engine(model) is None
+    with torch.inference_mode():
+        exact = model(IDS).logits[0]
+    check_logits(model_in_engine(model).logits(IDS[0].tolist()), exact)
+    expected = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9, say=pytest.fail)
+    assert (
+        Session.open(tmp_path / "packed", kind="fp32").generate(IDS[0].tolist(), max_new_tokens=9).text == expected.text
+    )
+
+
+def test_a_number_of_experts_that_makes_no_sense_is_refused(tmp_path):
+    save_tiny(tmp_path, "qwen3_moe")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for each, count in ((0, 4), (5, 4), (2, 0)):
+        with refusal(f"{each} of {count} experts"):
+            describe({**config, "num_experts_per_tok": each, "num_local_experts": count})
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_local_experts": 3}))
+    with refusal("4 x 32"):
+        Model.open(tmp_path)
 
 
 @pytest.mark.parametrize("parameters", [YARN, LLAMA3])
@@ -195,7 +301,8 @@ DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}
     ("family", "over", "reason"),
     [
         ("gemma", {}, "'gemma'"),
-        ("llama", {"hidden_act": "gelu"}, "'gelu'"),
+        ("llama", {"hidden_act": "relu"}, "'relu'"),
+        ("stablelm", {"use_parallel_residual": True}, "use_parallel_residual"),
         ("llama", {"rope_parameters": DYNAMIC}, "'dynamic'"),
     ],
 )
@@ -208,7 +315,7 @@ def test_other_models_are_left_to_transformers_with_a_reason(family, over, reaso
     assert reason in said[0]
 
 
-@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "phi3", "gemma3_text", "granitemoe", "gpt_neox"])
 def test_a_plain_folder_runs_without_transformers(family, tmp_path):
     model = tiny_model(family)
     save_tiny(tmp_path, family)
@@ -217,7 +324,7 @@ def test_a_plain_folder_runs_without_transformers(family, tmp_path):
     expected = generate_text(model, tiny_tokenizer(), IDS, max_new_tokens=9)
     assert Session.open(tmp_path, kind="fp32").generate(IDS[0].tolist(), max_new_tokens=9).text == expected.text
     config = json.loads((tmp_path / "config.json").read_text())
-    for key, value, named in (("intermediate_size", 31, "31|62"), ("vocab_size", 1000, "1000")):
+    for key, value, named in (("intermediate_size", 31, "31|62|248"), ("vocab_size", 1000, "1000")):
         (tmp_path / "config.json").write_text(json.dumps({**config, key: value}))
         with pytest.raises(InputError, match=named):
             Model.open(tmp_path)

@@ -17,7 +17,13 @@ from castlm_runtime.errors import InputError
 
 Config = Mapping[str, Any]
 
-_ACTIVATIONS = ("silu", "gelu_pytorch_tanh")
+_ACTIVATIONS = {
+    "silu": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_pytorch_tanh",
+    "gelu_pytorch_tanh": "gelu_pytorch_tanh",
+}
+"""The engine's activations, by transformers' names."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +60,38 @@ class Description:
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float = 0.0
+    is_parallel: bool = False
+    """Whether the MLP of a block reads what its attention reads."""
+    routed: tuple[bool, ...] = ()
+    """For each layer whether it has experts."""
+    num_experts: int = 0
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    normalizes_experts: bool = False
+    """Whether the shares of a token's experts add up to 1."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of a family.
+
+    Attributes:
+        router: the name of the router in a block.
+        matrices: as in `Family`, with {} for the number of an expert; a tensor of all experts has its whole name.
+        intermediate_key: key of the config with their width.
+        normalizes: whether the shares of a token's experts add up to 1.
+        routed: whether a layer has experts.
+    """
+
+    router: str
+    matrices: Mapping[str, tuple[str, ...]]
+    intermediate_key: str = "intermediate_size"
+    normalizes: Callable[[Config], bool] = lambda config: True
+    routed: Callable[[Config, int], bool] = lambda config, layer: True
+
+
+_ATTENTION = {f"self_attn.{part}_proj": (part,) for part in "qkvo"}
+_MLP = {f"mlp.{part}_proj": (part,) for part in ("gate", "up", "down")}
 
 
 @dataclass(frozen=True)
@@ -62,10 +100,17 @@ class Family:
 
     Attributes:
         defaults: values of its configuration class for keys that config.json may lack.
+        root: the name of the backbone; `embedding` and `norm` are in it, the head is not.
+        heads: the names that files have for the head.
+        matrices: names of the matrices of a block, and the parts whose rows follow each other in each.
+        interleaves_heads: whether they are stored head by head: q, k and v of the first head come first.
+        experts: of the blocks that have them in place of an MLP.
         norms: names in a block: before attention, before the MLP, after attention, after the MLP; None for none.
         norm_offset: is added to the weights of norms.
+        has_layer_norms: whether they subtract the mean, and have biases.
+        epsilon_key: key of the config with their epsilon.
+        is_parallel: whether the MLP of a block reads what its attention reads.
         wide_head_norms: whether the norms of queries and keys run over all heads together.
-        fused: whether q, k, v are one stored matrix, and gate and up are one.
         windows: the windows of the layers.
         rope_of: the parameters of the rotary embedding of a layer; None where it has none.
         scales: of attention, embedding, residual and logits, where they are not LLaMA's.
@@ -73,6 +118,13 @@ class Family:
     """
 
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    root: str = "model"
+    embedding: str = "embed_tokens"
+    norm: str = "norm"
+    heads: tuple[str, ...] = ("lm_head",)
+    matrices: Mapping[str, tuple[str, ...]] = field(default_factory=lambda: _ATTENTION | _MLP)
+    interleaves_heads: bool = False
+    experts: Experts | None = None
     norms: tuple[str | None, str | None, str | None, str | None] = (
         "input_layernorm",
         "post_attention_layernorm",
@@ -80,13 +132,21 @@ class Family:
         None,
     )
     norm_offset: float = 0.0
+    has_layer_norms: bool = False
+    epsilon_key: str = "rms_norm_eps"
+    is_parallel: Callable[[Config], bool] = lambda config: False
     wide_head_norms: bool = False
-    fused: bool = False
     activation_key: str = "hidden_act"
     windows: Callable[[Config], list[int]] = lambda config: [0] * config["num_hidden_layers"]
     rope_of: Callable[[Config, int], Mapping[str, Any] | None] = lambda config, layer: _rope_parameters(config)
     scales: Callable[[Config], Mapping[str, float]] = lambda config: {}
     refused: tuple[str, ...] = ()
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether a stored matrix has several parts."""
+        matrices = [*self.matrices.values(), *(self.experts.matrices.values() if self.experts else ())]
+        return any(len(parts) > 1 for parts in matrices)
 
 
 # ---- windows
@@ -113,6 +173,10 @@ def _qwen_windows(config: Config) -> list[int]:
         config = {**config, "sliding_window": None}
     has_window = config["sliding_window"] is not None
     return _layer_types(config, lambda i: has_window and i >= config["max_window_layers"])
+
+
+def _window_if_used(config: Config) -> list[int]:
+    return _every_layer(config if config["use_sliding_window"] else {**config, "sliding_window": None})
 
 
 def _has_rope(config: Config, layer: int) -> bool:
@@ -142,6 +206,15 @@ def _rope_parameters(config: Config) -> dict[str, Any]:
         found.setdefault("partial_rotary_factor", config["partial_rotary_factor"])
     found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
     return found
+
+
+def _neox_rope(config: Config, layer: int) -> dict[str, Any]:
+    """Older files have names of their own."""
+    own = {
+        "rope_theta": config.get("rotary_emb_base", 10_000.0),
+        "partial_rotary_factor": config.get("rotary_pct", 0.25),
+    }
+    return _rope_parameters({**own, **config})
 
 
 def _gemma3_rope(config: Config, layer: int) -> dict[str, Any]:
@@ -240,6 +313,32 @@ _ROPES: dict[str, Callable[[Mapping[str, Any], np.ndarray, int, int], Rope]] = {
 
 _SANDWICH = ("input_layernorm", "pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
 _AFTER = (None, None, "post_attention_layernorm", "post_feedforward_layernorm")
+_ONE_NORM = ("input_layernorm", "input_layernorm", None, None)
+_PHI3 = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
+_PHI3_MLP = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
+_EACH_EXPERT = {f"mlp.experts.{{}}.{part}_proj": (part,) for part in ("gate", "up", "down")}
+_GRANITE_DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "embedding_multiplier": 1.0,
+    "logits_scaling": 1.0,
+    "residual_multiplier": 1.0,
+    "attention_multiplier": 1.0,
+}
+
+
+def _granite_scales(config: Config) -> dict[str, float]:
+    return {
+        "attention_scale": config["attention_multiplier"],
+        "embedding_scale": config["embedding_multiplier"],
+        "residual_scale": config["residual_multiplier"],
+        "logit_scale": 1 / config["logits_scaling"],
+    }
+
+
+def _qwen_routed(config: Config, layer: int) -> bool:
+    is_left_out = layer in (config.get("mlp_only_layers") or ())
+    return not is_left_out and (layer + 1) % int(config["decoder_sparse_step"]) == 0
+
 
 FAMILIES: dict[str, Family] = {
     "llama": Family({"rms_norm_eps": 1e-6}),
@@ -279,22 +378,103 @@ FAMILIES: dict[str, Family] = {
         windows=_smollm3_windows,
         rope_of=lambda config, layer: _rope_parameters(config) if _has_rope(config, layer) else None,
     ),
-    "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None}, fused=True, windows=_every_layer),
+    "phi3": Family({"rms_norm_eps": 1e-5, "sliding_window": None}, matrices=_PHI3 | _PHI3_MLP, windows=_every_layer),
     "olmo2": Family({"rms_norm_eps": 1e-5}, norms=_AFTER, wide_head_norms=True),
-    "granite": Family(
+    "granite": Family(_GRANITE_DEFAULTS, scales=_granite_scales),
+    "mixtral": Family(
         {
-            "rms_norm_eps": 1e-6,
-            "embedding_multiplier": 1.0,
-            "logits_scaling": 1.0,
-            "residual_multiplier": 1.0,
-            "attention_multiplier": 1.0,
+            **{"rms_norm_eps": 1e-5, "sliding_window": None, "rope_theta": 1_000_000.0},
+            **{"num_local_experts": 8, "num_experts_per_tok": 2},
         },
-        scales=lambda config: {
-            "attention_scale": config["attention_multiplier"],
-            "embedding_scale": config["embedding_multiplier"],
-            "residual_scale": config["residual_multiplier"],
-            "logit_scale": 1 / config["logits_scaling"],
+        experts=Experts(
+            "block_sparse_moe.gate",
+            {
+                "block_sparse_moe.experts.{}.w1": ("gate",),
+                "block_sparse_moe.experts.{}.w3": ("up",),
+                "block_sparse_moe.experts.{}.w2": ("down",),
+            },
+        ),
+        windows=_every_layer,
+    ),
+    "qwen3_moe": Family(
+        {
+            **{"rms_norm_eps": 1e-6, "use_sliding_window": False, "sliding_window": 4096, "norm_topk_prob": False},
+            **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1},
         },
+        experts=Experts(
+            "mlp.gate",
+            _EACH_EXPERT,
+            intermediate_key="moe_intermediate_size",
+            normalizes=lambda config: bool(config["norm_topk_prob"]),
+            routed=_qwen_routed,
+        ),
+        windows=_window_if_used,
+    ),
+    "olmoe": Family(
+        {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
+        experts=Experts("mlp.gate", _EACH_EXPERT, normalizes=lambda config: bool(config["norm_topk_prob"])),
+        wide_head_norms=True,
+        refused=("clip_qkv",),
+    ),
+    "granitemoe": Family(
+        {**_GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
+        experts=Experts(
+            "block_sparse_moe.router.layer",
+            {
+                "block_sparse_moe.input_linear.weight": ("gate", "up"),
+                "block_sparse_moe.output_linear.weight": ("down",),
+            },
+        ),
+        scales=_granite_scales,
+    ),
+    "gpt_neox": Family(
+        {"layer_norm_eps": 1e-5, "hidden_act": "gelu", "use_parallel_residual": True},
+        root="gpt_neox",
+        embedding="embed_in",
+        norm="final_layer_norm",
+        heads=("embed_out", "lm_head"),
+        matrices={
+            "attention.query_key_value": ("q", "k", "v"),
+            "attention.dense": ("o",),
+            "mlp.dense_h_to_4h": ("up",),
+            "mlp.dense_4h_to_h": ("down",),
+        },
+        interleaves_heads=True,
+        has_layer_norms=True,
+        epsilon_key="layer_norm_eps",
+        is_parallel=lambda config: bool(config["use_parallel_residual"]),
+        rope_of=_neox_rope,
+    ),
+    "phi": Family(
+        {"layer_norm_eps": 1e-5, "hidden_act": "gelu_new", "partial_rotary_factor": 0.5},
+        norm="final_layernorm",
+        matrices={
+            **{f"self_attn.{part}_proj": (part,) for part in "qkv"},
+            "self_attn.dense": ("o",),
+            "mlp.fc1": ("up",),
+            "mlp.fc2": ("down",),
+        },
+        norms=_ONE_NORM,
+        has_layer_norms=True,
+        epsilon_key="layer_norm_eps",
+        is_parallel=lambda config: True,
+        refused=("qk_layernorm",),
+    ),
+    "stablelm": Family(
+        {"layer_norm_eps": 1e-5, "partial_rotary_factor": 0.25},
+        has_layer_norms=True,
+        epsilon_key="layer_norm_eps",
+        refused=("qk_layernorm", "use_parallel_residual"),
+    ),
+    "starcoder2": Family(
+        {
+            **{"norm_epsilon": 1e-5, "hidden_act": "gelu_pytorch_tanh"},
+            **{"sliding_window": None, "tie_word_embeddings": True},
+        },
+        matrices=_ATTENTION | {"mlp.c_fc": ("up",), "mlp.c_proj": ("down",)},
+        has_layer_norms=True,
+        epsilon_key="norm_epsilon",
+        windows=_every_layer,
     ),
     "gemma3_text": Family(
         {
@@ -374,6 +554,7 @@ def describe(config: Config) -> Description:
             if text not in ropes:
                 ropes[text] = make_rope(parameters, head_dim, context)
             of_layers.append(ropes[text])
+        experts = _experts(family, config)
         return Description(
             family=family,
             num_layers=layers,
@@ -384,11 +565,13 @@ def describe(config: Config) -> Description:
             intermediate=int(config["intermediate_size"]),
             vocabulary=int(config["vocab_size"]),
             context=context,
-            epsilon=float(config["rms_norm_eps"]),
-            activation=name,
+            epsilon=float(config[family.epsilon_key]),
+            activation=_ACTIVATIONS[name],
             is_tied=bool(config["tie_word_embeddings"]),
             windows=tuple(family.windows(config)),
             ropes=tuple(of_layers),
+            is_parallel=family.is_parallel(config),
+            **experts,
             **{"attention_scale": head_dim**-0.5, **family.scales(config)},
         )
     except KeyError as error:
@@ -397,3 +580,22 @@ def describe(config: Config) -> Description:
         if isinstance(error, InputError):
             raise
         raise InputError(f"config.json is damaged ({error}): fetch the model again") from error
+
+
+def _experts(family: Family, config: Config) -> dict[str, Any]:
+    """The fields of a description on experts. transformers has two names for their number, and older files either."""
+    if family.experts is None:
+        return {}
+    count = int(config.get("num_local_experts", config.get("num_experts")))
+    each = int(config["num_experts_per_tok"])
+    if not 1 <= each <= count:
+        raise InputError(
+            f"config.json has {each} of {count} experts for a token: castlm-runtime needs at least 1 of each"
+        )
+    return {
+        "routed": tuple(family.experts.routed(config, layer) for layer in range(int(config["num_hidden_layers"]))),
+        "num_experts": count,
+        "experts_per_token": each,
+        "expert_intermediate": int(config[family.experts.intermediate_key]),
+        "normalizes_experts": family.experts.normalizes(config),
+    }

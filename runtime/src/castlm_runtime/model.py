@@ -18,7 +18,7 @@ import numpy as np
 
 from castlm_runtime import library
 from castlm_runtime.errors import InputError, naming
-from castlm_runtime.families import Description, Family, describe
+from castlm_runtime.families import Description, describe
 from castlm_runtime.formats import FORMATS, PACKABLE
 from castlm_runtime.machine import physical_cores, processors
 from castlm_runtime.packed import PackedArray, PackedSpec, read_array, read_specs, to_fp32
@@ -28,6 +28,7 @@ from castlm_runtime.stored import (
     PACKED_INDEX,
     SINGLE,
     OpenFiles,
+    StoredTensor,
     check_weight_files,
     packed_weights,
     read_headers,
@@ -42,7 +43,10 @@ CACHE_KINDS = ("bf16", "int8", "fp32")
 
 _ALIGNMENT = 64
 _FLOATS = ("F32", "F16", "BF16")
-_QKV, _GATE_UP = ("q", "k", "v"), ("gate", "up")
+_ATTENTION, _MLP = ("q", "k", "v", "o"), ("gate", "up", "down")
+
+Rows = slice | np.ndarray | None
+"""Some rows of a matrix: from one to another, or by number; None for all."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,9 @@ class Weights(Protocol):
     """Where the weights of a model come from, by their names in the files."""
 
     def spec(self, name: str) -> PackedSpec | None:
-        """The shape and format of a matrix; None if there is none of this name."""
+        """The shape and format of a matrix, or of a tensor of all experts; None if there is none of this name."""
 
-    def matrix(self, name: str, rows: slice | None) -> PackedArray | Prepared:
+    def matrix(self, name: str, rows: Rows) -> PackedArray | Prepared:
         """A matrix, or some of its rows."""
 
     def vector(self, name: str) -> np.ndarray | None:
@@ -89,27 +93,32 @@ class StoredWeights:
     def spec(self, name: str) -> PackedSpec | None:
         if name in self.specs:
             return self.specs[name]
-        tensor = self.tensors.get(f"{name}.weight")
+        tensor = self._plain(name)
         if tensor is None:
             return None
         values = next((kind for kind in PACKABLE if FORMATS[kind].stored == tensor.dtype), None)
-        if len(tensor.shape) != 2 or tensor.dtype not in _FLOATS or values is None:
+        if len(tensor.shape) not in (2, 3) or tensor.dtype not in _FLOATS or values is None:
             raise InputError(
-                f"{name}.weight is {tensor.dtype} {tensor.shape}: a matrix of bf16, fp16 or fp32 is needed"
+                f"{tensor.name} is {tensor.dtype} {tensor.shape}: a matrix of bf16, fp16 or fp32 is needed"
             )
-        return PackedSpec(tensor.shape[0], tensor.shape[1], 0, 0, values)
+        return PackedSpec.of_stored(tensor.shape, len(tensor.shape) - 1, 0, 0, values)
 
-    def matrix(self, name: str, rows: slice | None) -> PackedArray:
-        spec = self.spec(name)
+    def _plain(self, name: str) -> StoredTensor | None:
+        return self.tensors.get(f"{name}.weight") or self.tensors.get(name)
+
+    def matrix(self, name: str, rows: Rows) -> PackedArray:
+        spec, plain = self.spec(name), self._plain(name)
         assert spec is not None
         if name in self.specs:
             parts = {suffix: self.tensors[f"{name}.{suffix}"] for suffix in spec.tensors()}
         else:
-            parts = {"values": self.tensors[f"{name}.weight"]}
-        if rows is not None:
+            assert plain is not None
+            parts = {"values": plain._replace(shape=(spec.rows, spec.columns))}
+        if isinstance(rows, slice):
             parts = {suffix: tensor.rows(rows.start, rows.stop) for suffix, tensor in parts.items()}
-            spec = replace(spec, rows=rows.stop - rows.start)
-        return PackedArray.read(spec, parts, self._files)
+            spec = replace(spec, rows=rows.stop - rows.start, experts=0)
+        found = PackedArray.read(spec, parts, self._files)
+        return found.take(rows) if isinstance(rows, np.ndarray) else found
 
     def vector(self, name: str) -> np.ndarray | None:
         tensor = self.tensors.get(name)
@@ -209,6 +218,7 @@ class Model:
         arena, offset = library.allocate(wanted), 0
         self._kept.append(arena)
         weight_ref, layer_spec = library.structure("WeightRef"), library.structure("LayerSpec")
+        expert_spec = library.structure("ExpertSpec")
         references: dict[str, Any] = {}
         for number, (place, (name, rows, size)) in enumerate(plan.matrices.items(), 1):
             with naming(name):
@@ -228,13 +238,21 @@ class Model:
         layers = (layer_spec * of.num_layers)()
         tables = self._rotary_tables(of)
         for i in range(of.num_layers):
-            at, names = f"model.layers.{i}", of.family.norms
+            at, names = f"{of.family.root}.layers.{i}", of.family.norms
             norms = [None if norm is None else self._norm(weights, f"{at}.{norm}.weight", of.hidden) for norm in names]
             width = of.heads * of.head_dim if of.family.wide_head_norms else of.head_dim
             kv_width = of.kv_heads * of.head_dim if of.family.wide_head_norms else of.head_dim
             cosines, sines = tables.get(id(of.ropes[i]), (None, None))
+            parts = [*_ATTENTION, *_MLP, "router"]
+            experts = [
+                expert_spec(**{part: references[f"{i}.{e}.{part}"] for part in _MLP})
+                for e in range(of.num_experts if any(of.routed[i : i + 1]) else 0)
+            ]
+            array = (expert_spec * len(experts))(*experts)
+            self._kept.append(array)
             layers[i] = layer_spec(
-                **{part: references[f"{i}.{part}"] for part in (*_QKV, "o", *_GATE_UP, "down")},
+                **{part: references[f"{i}.{part}"] for part in parts if f"{i}.{part}" in references},
+                experts=ctypes.addressof(array) if experts else None,
                 attention_norm=norms[0],
                 mlp_norm=norms[1],
                 post_attention_norm=norms[2],
@@ -259,6 +277,12 @@ class Model:
             rotary_dim=rotary,
             activation=library.codes("activations")[of.activation],
             wide_head_norms=of.family.wide_head_norms,
+            layer_norms=of.family.has_layer_norms,
+            is_parallel=of.is_parallel,
+            num_experts=of.num_experts,
+            experts_per_token=of.experts_per_token,
+            expert_intermediate=of.expert_intermediate,
+            normalizes_experts=of.normalizes_experts,
             epsilon=of.epsilon,
             attention_scale=of.attention_scale,
             embedding_scale=of.embedding_scale,
@@ -266,7 +290,7 @@ class Model:
             logit_scale=of.logit_scale,
             logit_cap=of.logit_cap,
             layers=ctypes.addressof(layers),
-            norm=self._norm(weights, "model.norm.weight", of.hidden),
+            norm=self._norm(weights, f"{of.family.root}.{of.family.norm}.weight", of.hidden),
             head=references["head"],
             embedding=references.get("embedding", references["head"]),
         )
@@ -285,7 +309,13 @@ class Model:
         if values is None or values.shape != (width,):
             found = "missing" if values is None else f"of shape {values.shape}"
             raise InputError(f"{name} is {found}, and config.json asks for {width}: fetch or pack the model again")
-        return self._vector(values + np.float32(self.description.family.norm_offset), name)
+        values = values + np.float32(self.description.family.norm_offset)
+        if not is_needed or not self.description.family.has_layer_norms:
+            return self._vector(values, name)
+        bias = weights.vector(name.removesuffix("weight") + "bias")
+        if bias is None or bias.shape != (width,):
+            raise InputError(f"{name} has no bias of {width} numbers beside it: fetch or pack the model again")
+        return self._vector(np.concatenate([values, bias]), name)
 
     # ---- rotary embeddings: a table for the whole context is reserved, and filled as far as sequences come
 
@@ -391,7 +421,7 @@ def block_bytes(model: Model, kind: str) -> int:
 class _Plan:
     """The matrices of a model by their place in the engine: the name in the files, the rows, the bytes in memory."""
 
-    matrices: Mapping[str, tuple[str, slice | None, int]]
+    matrices: Mapping[str, tuple[str, Rows, int]]
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -399,49 +429,79 @@ class _Plan:
 
 
 def _plan(of: Description, weights: Weights) -> _Plan:
-    found: dict[str, tuple[str, slice | None, int]] = {}
+    """The matrices of a model. Places are such as "3.q", "3.router", and "3.7.up" of expert 7."""
+    found: dict[str, tuple[str, Rows, int]] = {}
 
-    def add(place: str, name: str, rows: int, columns: int, part: slice | None = None, whole: int = 0) -> None:
+    def add(name: str, places: Mapping[str, tuple[int, Rows]], columns: int, whole: int, experts: int = 0) -> None:
         spec = weights.spec(name)
-        wanted = (whole or rows, columns)
-        if spec is None or (spec.rows, spec.columns) != wanted or spec.transposed or spec.experts:
+        if spec is None or (spec.rows, spec.columns, spec.experts) != (whole, columns, experts) or spec.transposed:
             shape = "missing" if spec is None else f"of shape {spec.rows} x {spec.columns}"
             raise InputError(
-                f"{name} is {shape}, and config.json asks for {wanted[0]} x {wanted[1]}: fetch or pack the model again"
+                f"{name} is {shape}, and config.json asks for {whole} x {columns}: fetch or pack the model again"
             )
-        found[place] = (name, part, library.packed_bytes(spec.values, spec.n, spec.m, rows, columns))
+        for place, (rows, part) in places.items():
+            found[place] = (name, part, library.packed_bytes(spec.values, spec.n, spec.m, rows, columns))
 
     # The largest ones come first: while a matrix is read, it is there twice, and the others have no memory yet.
-    if of.is_tied:
-        add("head", "model.embed_tokens", of.vocabulary, of.hidden)
-    else:
-        add("head", "lm_head", of.vocabulary, of.hidden)
-        add("embedding", "model.embed_tokens", of.vocabulary, of.hidden)
+    family, embedding = of.family, f"{of.family.root}.{of.family.embedding}"
+    head = next((name for name in family.heads if weights.spec(name)), family.heads[0])
+    add(embedding if of.is_tied else head, {"head": (of.vocabulary, None)}, of.hidden, of.vocabulary)
+    if not of.is_tied:
+        add(embedding, {"embedding": (of.vocabulary, None)}, of.hidden, of.vocabulary)
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
+    rows = {"q": queries, "k": keys, "v": keys, "o": of.hidden}
+    rows |= {"gate": of.intermediate, "up": of.intermediate, "down": of.hidden}
     for i in range(of.num_layers):
-        attention, mlp = f"model.layers.{i}.self_attn", f"model.layers.{i}.mlp"
-        for name, parts in _split(of.family, attention, mlp, queries, keys, of.intermediate):
-            whole = sum(parts.values())
-            first = 0
-            for part, rows in parts.items():
-                is_fused = len(parts) > 1
-                slice_of = slice(first, first + rows) if is_fused else None
-                add(f"{i}.{part}", name, rows, of.hidden, slice_of, whole if is_fused else 0)
-                first += rows
-        add(f"{i}.o", f"{attention}.o_proj", of.hidden, queries)
-        add(f"{i}.down", f"{mlp}.down_proj", of.hidden, of.intermediate)
+        at, is_routed = f"{family.root}.layers.{i}", any(of.routed[i : i + 1])
+        for name, parts in family.matrices.items():
+            if is_routed and parts[0] in _MLP:
+                continue
+            columns = queries if parts[0] == "o" else of.intermediate if parts[0] == "down" else of.hidden
+            places = _places(parts, rows, of.head_dim if family.interleaves_heads else 0)
+            whole = sum(count for count, _ in places.values())
+            add(f"{at}.{name}", {f"{i}.{part}": rows_of for part, rows_of in places.items()}, columns, whole)
+        if not is_routed:
+            continue
+        assert family.experts is not None
+        add(f"{at}.{family.experts.router}", {f"{i}.router": (of.num_experts, None)}, of.hidden, of.num_experts)
+        width = of.expert_intermediate
+        for name, parts in family.experts.matrices.items():
+            columns = width if parts[0] == "down" else of.hidden
+            places = _places(parts, {"gate": width, "up": width, "down": of.hidden}, 0)
+            whole = sum(count for count, _ in places.values())
+            if "{}" in name:
+                for e in range(of.num_experts):
+                    here = {f"{i}.{e}.{part}": rows_of for part, rows_of in places.items()}
+                    add(f"{at}.{name.format(e)}", here, columns, whole)
+                continue
+            here = {}
+            for e in range(of.num_experts):
+                first = e * whole
+                for part, (count, _) in places.items():
+                    here[f"{i}.{e}.{part}"] = (count, slice(first, first + count))
+                    first += count
+            add(f"{at}.{name}", here, columns, whole * of.num_experts, of.num_experts)
     return _Plan(found)
 
 
-def _split(
-    family: Family, attention: str, mlp: str, queries: int, keys: int, intermediate: int
-) -> list[tuple[str, dict[str, int]]]:
-    """The stored matrices that take the hidden state: (name, rows of each of its parts)."""
-    qkv, gate_up = {"q": queries, "k": keys, "v": keys}, {"gate": intermediate, "up": intermediate}
-    if family.fused:
-        return [(f"{attention}.qkv_proj", qkv), (f"{mlp}.gate_up_proj", gate_up)]
-    alone = [(f"{attention}.{part}_proj", {part: rows}) for part, rows in qkv.items()]
-    return alone + [(f"{mlp}.{part}_proj", {part: rows}) for part, rows in gate_up.items()]
+def _places(parts: Sequence[str], rows: Mapping[str, int], head_dim: int) -> dict[str, tuple[int, Rows]]:
+    """The number of rows of each part of a stored matrix, and which they are.
+
+    Args:
+        head_dim: of parts that are stored head by head; 0 where each part is stored whole.
+    """
+    if len(parts) == 1:
+        return {parts[0]: (rows[parts[0]], None)}
+    if head_dim:
+        # (heads, parts, head_dim): the rows of a part are not together
+        numbers = np.arange(len(parts) * rows[parts[0]]).reshape(-1, len(parts), head_dim)
+        return {part: (rows[part], numbers[:, j].ravel()) for j, part in enumerate(parts)}
+    found: dict[str, tuple[int, Rows]] = {}
+    first = 0
+    for part in parts:
+        found[part] = (rows[part], slice(first, first + rows[part]))
+        first += rows[part]
+    return found
 
 
 def _shape(weight: PackedArray) -> tuple[int, int]:

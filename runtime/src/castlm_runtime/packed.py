@@ -319,6 +319,13 @@ class PackedArray:
         arrays = {suffix: read_array(part, files) for suffix, part in parts.items()}
         return cls(spec, arrays["values"], arrays.get("mask"), arrays.get("scales"))
 
+    def take(self, rows: np.ndarray) -> PackedArray:
+        """Some of its rows, by number."""
+        arrays = (None if array is None else array[rows] for array in (self.values, self.mask, self.scales))
+        values, mask, scales = arrays
+        assert values is not None
+        return PackedArray(replace(self.spec, rows=len(rows), experts=0), values, mask, scales)
+
     @property
     def scales_fp32(self) -> np.ndarray | None:
         """The scales, exactly, in fp32."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,52 +10,77 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from castlm.core.experts import PROJECTIONS, ExpertLinear
 from castlm.dtypes import FLOAT_NAMES
 from castlm.models.architecture import generating
+from castlm.models.stored_layout import StoredLayout
 from castlm.packed import native
 from castlm.packed.layers import PackedModule
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.families import describe, why_not
 from castlm_runtime.generate import Session
-from castlm_runtime.model import Cache, Model, Part, Prepared, blocks_for
+from castlm_runtime.model import Cache, Model, Part, Prepared, Rows, blocks_for
 from castlm_runtime.packed import PackedArray, PackedSpec
 from castlm_runtime.tokenizer import Tokenizer
 
 
 class MemoryWeights:
-    """The weights of a model for `castlm_runtime.model.Model`, by the paths of its modules."""
+    """The weights of a model for `castlm_runtime.model.Model`, by their names in its files."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
+        self.layout = StoredLayout(model)
         self.modules = dict(model.named_modules())
+        self._experts = {name: weight for fqn in self.modules for name, weight in self._experts_of(fqn)}
+
+    def _experts_of(self, fqn: str) -> Iterator[tuple[str, Tensor]]:
+        """The matrices of a module of experts that is not packed, by their names in the files."""
+        module = self.modules[fqn]
+        for name in PROJECTIONS if isinstance(getattr(module, "is_transposed", None), bool) else ():
+            weight = module._parameters.get(name)
+            if weight is None or weight.dim() != 3:
+                continue
+            with torch.device("meta"):
+                like = ExpertLinear(torch.empty(weight.shape), module.is_transposed)
+            for part in self.layout.parts(f"{fqn}.{name}", like):
+                yield part.stem, weight if part.expert is None else weight[part.expert][part.rows]
+
+    def _module(self, name: str) -> nn.Module | None:
+        loaded = self.layout.loaded_name(f"{name}.weight").removesuffix(".weight")
+        return self.modules.get(name) or self.modules.get(loaded)
+
+    def _weight(self, name: str) -> Tensor | None:
+        found = self._experts.get(name)
+        return getattr(self._module(name), "weight", None) if found is None else found
 
     def spec(self, name: str) -> PackedSpec | None:
-        module = self.modules.get(name)
+        module = self._module(name)
         if isinstance(module, PackedModule):
             return module.spec
-        weight = getattr(module, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 2 or weight.dtype not in FLOAT_NAMES:
+        weight = self._weight(name)
+        if not isinstance(weight, Tensor) or weight.dim() not in (2, 3) or weight.dtype not in FLOAT_NAMES:
             return None
         return _dense_spec(weight)
 
-    def matrix(self, name: str, rows: slice | None) -> PackedArray | Prepared:
-        module = self.modules[name]
+    def matrix(self, name: str, rows: Rows) -> PackedArray | Prepared:
+        module = self._module(name)
         if isinstance(module, PackedModule):
             assert rows is None, "a buffer of the kernels is not divided"
             packed: Any = module.packed
             return Prepared(packed.data_ptr(), packed.numel(), module.spec.rows, module.spec.columns, packed)
-        weight = module.get_parameter("weight").detach()
+        weight = self._weight(name)
+        assert weight is not None
+        weight = weight.detach().reshape(-1, weight.shape[-1])
         weight = (weight if rows is None else weight[rows]).cpu().contiguous()
         return PackedArray(_dense_spec(weight), _array(weight))
 
     def vector(self, name: str) -> np.ndarray | None:
         path, _, which = name.rpartition(".")
-        found = getattr(self.modules.get(path), which, None)
+        found = getattr(self._module(path), which, None)
         return None if found is None else found.detach().float().cpu().numpy()
 
 
 def _dense_spec(weight: Tensor) -> PackedSpec:
-    rows, columns = weight.shape
-    return PackedSpec(rows, columns, 0, 0, FLOAT_NAMES[weight.dtype])
+    return PackedSpec.of_stored(tuple(weight.shape), weight.dim() - 1, 0, 0, FLOAT_NAMES[weight.dtype])
 
 
 def _array(tensor: Tensor) -> np.ndarray:
@@ -79,7 +105,7 @@ def why_not_in_engine(model: PreTrainedModel) -> str | None:
         return f"it is on {model.device}"
     if model.generation_config.get_generation_mode().value not in ("greedy_search", "sample"):
         return "its generation config asks for another search than greedy or sampled"
-    is_fused = describe(model.config.to_dict()).family.fused
+    is_fused = describe(model.config.to_dict()).family.is_fused
     return "its packed layers are fused" if is_fused and is_packed(model) else None
 
 

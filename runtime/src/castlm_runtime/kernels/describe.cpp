@@ -69,23 +69,29 @@ std::string levels() {
 
 #define FIELD(name) field<decltype(Of::name)>(#name)
 std::string structs() {
-  std::string weight, layer, model, sequence, sample;
+  std::string weight, expert, layer, model, sequence, sample;
   {
     using Of = WeightRef;
     weight = structure<Of>("WeightRef", {FIELD(packed), FIELD(bytes), FIELD(rows), FIELD(columns), FIELD(bias)});
   }
   {
+    using Of = ExpertSpec;
+    expert = structure<Of>("ExpertSpec", {FIELD(gate), FIELD(up), FIELD(down)});
+  }
+  {
     using Of = LayerSpec;
     layer = structure<Of>("LayerSpec", {FIELD(q), FIELD(k), FIELD(v), FIELD(o), FIELD(gate), FIELD(up), FIELD(down), FIELD(attention_norm),
                                         FIELD(mlp_norm), FIELD(q_norm), FIELD(k_norm), FIELD(post_attention_norm), FIELD(post_mlp_norm),
-                                        FIELD(cosines), FIELD(sines), FIELD(window)});
+                                        FIELD(cosines), FIELD(sines), FIELD(window), FIELD(router), FIELD(experts)});
   }
   {
     using Of = ModelSpec;
     model = structure<Of>("ModelSpec", {FIELD(num_layers), FIELD(hidden), FIELD(heads), FIELD(kv_heads), FIELD(head_dim), FIELD(intermediate),
-                                        FIELD(vocabulary), FIELD(max_positions), FIELD(rotary_dim), FIELD(activation), FIELD(wide_head_norms),
-                                        FIELD(epsilon), FIELD(attention_scale), FIELD(embedding_scale), FIELD(residual_scale),
-                                        FIELD(logit_scale), FIELD(logit_cap), FIELD(layers), FIELD(norm), FIELD(head), FIELD(embedding)});
+                                        FIELD(vocabulary), FIELD(max_positions), FIELD(rotary_dim), FIELD(num_experts),
+                                        FIELD(experts_per_token), FIELD(expert_intermediate), FIELD(activation), FIELD(wide_head_norms),
+                                        FIELD(layer_norms), FIELD(is_parallel), FIELD(normalizes_experts), FIELD(epsilon),
+                                        FIELD(attention_scale), FIELD(embedding_scale), FIELD(residual_scale), FIELD(logit_scale),
+                                        FIELD(logit_cap), FIELD(layers), FIELD(norm), FIELD(head), FIELD(embedding)});
   }
   {
     using Of = Sequence;
@@ -98,7 +104,7 @@ std::string structs() {
                                           FIELD(min_p), FIELD(repetition), FIELD(presence), FIELD(frequency), FIELD(top_k), FIELD(num_best),
                                           FIELD(given)});
   }
-  return "\"structs\": " + joined({weight, layer, model, sequence, sample}, '{', '}');
+  return "\"structs\": " + joined({weight, expert, layer, model, sequence, sample}, '{', '}');
 }
 #undef FIELD
 
@@ -127,7 +133,7 @@ const char* castlm_describe() {
                         number("int4", kInt4), number("int6", kInt6)}),
        codes("layouts", {number("best", -1), number("rows", kRows), number("panels", kPanels), number("dense", kDense), number("lanes", kLanes)}),
        codes("caches", {number("bf16", kCacheBFloat16), number("int8", kCacheInt8), number("fp32", kCacheFloat32)}),
-       codes("activations", {number("silu", kSilu), number("gelu_pytorch_tanh", kGeluTanh)}),
+       codes("activations", {number("silu", kSilu), number("gelu_pytorch_tanh", kGeluTanh), number("gelu", kGelu)}),
        codes("errors", {number("size", kBadSize), number("mask", kBadMask), number("memory", kNoMemory)}), structs(), functions()},
       '{', '}');
   return text.c_str();

@@ -1,5 +1,5 @@
-// A pass of new tokens of many sequences through a model: embeddings, RMS norms, rotary embedding, attention over the cache, gated
-// MLP, output head.
+// A pass of new tokens of many sequences through a model: embeddings, norms, rotary embedding, attention over the cache, MLP or
+// experts, output head.
 //
 // All threads walk the pass together (team.h). A row is a token; a step ends where a thread needs what others computed:
 //
@@ -10,8 +10,17 @@
 //   4      x, added              x += added; norm; gate and up: the same tiles; activation       gate
 //   5      gate                  down: tiles                                                     added
 //
+// In a block with experts these take the place of steps 4 and 5:
+//
+//   4      x, added              x += added; norm; router: tiles                                 router
+//   5      router, input         choice of experts; each expert's gate and up: the same tiles    gate
+//   6      gate                  each expert's down: tiles                                       routed
+//
+// Every thread makes the choice for itself. A slot is the place of a row at one of its experts; the slots of an expert follow each
+// other, so that an expert multiplies the rows that chose it as if they were all there are. `complete` sums the slots of a row.
+//
 // Up to `kFewRows` rows, what comes before the tiles (x += added, norms, sums of parts, rounding to int8) is done by every thread for
-// itself, with an x of its own: it takes less time than a barrier. So a token has five barriers a layer. With more rows each thread
+// itself, with an x of its own: it takes less time than a barrier. So a token has five barriers a layer, six with experts. With more rows each thread
 // prepares a share of them for all, and another barrier follows. Tokens of prompts also get a step that puts all keys into
 // the cache before attention; a single token's key is put there by the thread that reads its part of the context.
 //
@@ -37,6 +46,8 @@ namespace {
 constexpr int64_t kFewRows = 4;        // which every thread prepares for itself
 constexpr int64_t kFewTokens = 4;      // of a sequence, whose attention is that of single tokens
 constexpr int64_t kLogitRows = 64;     // rows of logits at a time
+constexpr int64_t kExpertRows = 64;    // rows at an expert at a time
+constexpr int64_t kMostExperts = 1 << 16;
 constexpr int64_t kKeptFloats = 1 << 20;  // of a buffer; a larger one is freed when a pass needs less
 constexpr float kLog2E = 1.44269504f;
 
@@ -64,6 +75,20 @@ EACH_CPU void rms_norm(const float* x, const float* weight, int64_t count, float
   }
   const float factor = 1.0f / std::sqrt(dot(x, x, count) / float(count) + epsilon);
   for (int64_t k = 0; k < count; ++k) to[k] = weight[k] * (x[k] * factor);
+}
+
+// to = weight * (x - mean) / deviation + bias.
+EACH_CPU void layer_norm(const float* x, const float* weight, const float* bias, int64_t count, float epsilon, float* to) {
+  float sums[16] = {}, mean = 0;
+  int64_t k = 0;
+  for (; k + 16 <= count; k += 16)
+    for (int i = 0; i < 16; ++i) sums[i] += x[k + i];
+  for (; k < count; ++k) mean += x[k];
+  for (int i = 0; i < 16; ++i) mean += sums[i];
+  mean /= float(count);
+  for (k = 0; k < count; ++k) to[k] = x[k] - mean;
+  const float factor = 1.0f / std::sqrt(dot(to, to, count) / float(count) + epsilon);
+  for (k = 0; k < count; ++k) to[k] = weight[k] * (to[k] * factor) + bias[k];
 }
 
 // to = x + scale * to.
@@ -94,16 +119,41 @@ INLINE float fast_exp(float x) {
   return (p * r * r + r + 1.0f) * from_bits((to_bits(shifted) << 23) + 0x3f800000u);
 }
 
-EACH_CPU void silu_times(float* gate, const float* up, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) gate[k] = gate[k] / (1.0f + fast_exp(-gate[k])) * up[k];
+// gate = f(gate) * up, or f(gate) where `up` is null.
+template <class F>
+INLINE void activate(float* gate, const float* up, int64_t count, F f) {
+  if (up) for (int64_t k = 0; k < count; ++k) gate[k] = f(gate[k]) * up[k];
+  else for (int64_t k = 0; k < count; ++k) gate[k] = f(gate[k]);
+}
+
+EACH_CPU void silu(float* gate, const float* up, int64_t count) {
+  activate(gate, up, count, [](float x) { return x / (1.0f + fast_exp(-x)); });
 }
 
 // gelu by tanh: x / (1 + exp(-2 c (x + 0.044715 x^3))) with c = sqrt(2 / pi).
-EACH_CPU void gelu_times(float* gate, const float* up, int64_t count) {
-  for (int64_t k = 0; k < count; ++k) {
-    const float x = gate[k];
-    gate[k] = x / (1.0f + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))) * up[k];
-  }
+EACH_CPU void gelu_tanh(float* gate, const float* up, int64_t count) {
+  activate(gate, up, count, [](float x) { return x / (1.0f + fast_exp(-1.5957691216f * (x + 0.044715f * x * x * x))); });
+}
+
+// gelu: x * P(normal < x), by Abramowitz and Stegun 7.1.26, which has the tail P(normal > |x|) to within 8e-8.
+EACH_CPU void gelu(float* gate, const float* up, int64_t count) {
+  activate(gate, up, count, [](float x) {
+    const float z = (x < 0 ? -x : x) * 0.70710678119f, t = 1.0f / (1.0f + 0.3275911f * z);
+    const float p = ((((1.061405429f * t - 1.453152027f) * t + 1.421413741f) * t - 0.284496736f) * t + 0.254829592f) * t;
+    const float tail = 0.5f * p * fast_exp(-z * z);
+    return x * (x < 0 ? tail : 1.0f - tail);
+  });
+}
+
+using Activate = void (*)(float* gate, const float* up, int64_t count);
+Activate activation_of(int32_t activation) { return activation == kSilu ? silu : activation == kGeluTanh ? gelu_tanh : gelu; }
+
+EACH_CPU void softmax(const float* x, int64_t count, float* to) {
+  float most = x[0], sum = 0;
+  for (int64_t k = 1; k < count; ++k) most = x[k] > most ? x[k] : most;
+  for (int64_t k = 0; k < count; ++k) to[k] = fast_exp(x[k] - most);
+  for (int64_t k = 0; k < count; ++k) sum += to[k];
+  for (int64_t k = 0; k < count; ++k) to[k] /= sum;
 }
 
 // Dimension i of a head turns with dimension i + half.
@@ -154,14 +204,34 @@ class Buffer {
   int64_t size_ = 0;
 };
 
-struct Layer : LayerSpec {
-  explicit Layer(const LayerSpec& spec) : LayerSpec(spec) {}
-  Weight q_weight, k_weight, v_weight, o_weight, gate_weight, up_weight, down_weight;
+// The MLP of a block, or one of its experts.
+struct Mlp {
+  Weight gate, up, down;
+  int64_t width = 0;  // the rows of up
+  bool is_gated = false;
 };
 
-// What a thread has for itself while few rows pass.
+struct Layer : LayerSpec {
+  explicit Layer(const LayerSpec& spec) : LayerSpec(spec) {}
+  Weight q_weight, k_weight, v_weight, o_weight, router_weight;
+  std::vector<Mlp> mlps;  // the experts, or one
+};
+
+// The experts that the rows of a pass have chosen in a block.
+struct Routing {
+  std::vector<float> probabilities;   // (num_experts,) of the row in question
+  std::vector<uint8_t> is_taken;      // the same
+  std::vector<int32_t> expert;        // (rows, experts_per_token)
+  std::vector<float> share;           // the same: what the expert's output counts
+  std::vector<int64_t> slot;          // the same
+  std::vector<int64_t> first, count;  // (num_experts,): the slots of an expert; the first one is a multiple of 16
+  std::vector<int64_t> row;           // of a slot
+};
+
+// What a thread has for itself: a row of x and its forms while few rows pass, and rows at an expert.
 struct Own {
-  Buffer x, input, room;
+  Buffer x, input, room, gathered;
+  Routing routing;
 };
 
 bool take(const WeightRef& from, int64_t rows, int64_t columns, Weight& to) {
@@ -170,6 +240,11 @@ bool take(const WeightRef& from, int64_t rows, int64_t columns, Weight& to) {
   if (!read_header(packed, from.bytes, to.of) || to.of.rows != rows || to.of.columns != columns) return false;
   to.data = packed + kHeaderBytes, to.bias = from.bias;
   return true;
+}
+
+bool take(const ExpertSpec& from, int64_t width, int64_t hidden, Mlp& to) {
+  to.width = width, to.is_gated = from.gate.packed;
+  return (!to.is_gated || take(from.gate, width, hidden, to.gate)) && take(from.up, width, hidden, to.up) && take(from.down, hidden, width, to.down);
 }
 
 }  // namespace
@@ -183,15 +258,23 @@ class Model {
     for (int64_t size : sizes)
       if (size < 1 || size >= int64_t(1) << 31) return false;
     if (from.heads % from.kv_heads || from.head_dim > kWidestHead || from.rotary_dim < 0 || from.rotary_dim > from.head_dim || from.rotary_dim % 2) return false;
-    if (!from.layers || !from.norm || from.activation < kSilu || from.activation > kGeluTanh) return false;
+    if (!from.layers || !from.norm || from.activation < kSilu || from.activation > kGelu) return false;
+    if (from.num_experts < 0 || from.num_experts > kMostExperts || from.experts_per_token < 0 || from.experts_per_token > from.num_experts) return false;
+    if (from.num_experts && (from.experts_per_token < 1 || from.expert_intermediate < 1 || from.expert_intermediate >= int64_t(1) << 31)) return false;
     const int64_t wide = from.heads * from.head_dim, kv_wide = from.kv_heads * from.head_dim;
     for (int64_t i = 0; i < from.num_layers; ++i) {
       Layer& to = layers.emplace_back(from.layers[i]);
       const bool fits = take(to.q, wide, from.hidden, to.q_weight) && take(to.k, kv_wide, from.hidden, to.k_weight) &&
-                        take(to.v, kv_wide, from.hidden, to.v_weight) && take(to.o, from.hidden, wide, to.o_weight) &&
-                        take(to.gate, from.intermediate, from.hidden, to.gate_weight) && take(to.up, from.intermediate, from.hidden, to.up_weight) &&
-                        take(to.down, from.hidden, from.intermediate, to.down_weight);
+                        take(to.v, kv_wide, from.hidden, to.v_weight) && take(to.o, from.hidden, wide, to.o_weight);
       if (!fits || to.window < 0 || !to.cosines != !to.sines) return false;
+      const bool is_routed = to.experts;
+      if (is_routed && (!from.num_experts || !take(to.router, from.num_experts, from.hidden, to.router_weight))) return false;
+      const ExpertSpec dense{to.gate, to.up, to.down};
+      const ExpertSpec* const mlps = is_routed ? to.experts : &dense;
+      to.mlps.resize(is_routed ? from.num_experts : 1);
+      for (int64_t e = 0; e < int64_t(to.mlps.size()); ++e)
+        if (!take(mlps[e], is_routed ? from.expert_intermediate : from.intermediate, from.hidden, to.mlps[e])) return false;
+      (is_routed ? has_routed : has_dense) = true;
     }
     spec.layers = nullptr;
     return take(from.head, from.vocabulary, from.hidden, head) && take(from.embedding, from.vocabulary, from.hidden, embedding);
@@ -202,10 +285,11 @@ class Model {
   ModelSpec spec{};
   std::vector<Layer> layers;
   Weight head, embedding;
+  bool has_dense = false, has_routed = false;  // whether some blocks have an MLP, and some experts
 
   // Of the pass that runs.
   std::mutex passes;
-  Buffer x, input, room, query, key, value, gate, up, added, parts, logits;
+  Buffer x, input, room, query, key, value, gate, up, added, beside, router, routed, parts, logits;
   std::vector<Own> own;
   int64_t barriers = 0;
 };
@@ -265,15 +349,18 @@ class Pass {
   // A thread in the walk: which rows it prepares, and where.
   struct Thread {
     Walkers& team;
-    int64_t rank, first, last;
+    int64_t rank;
     float *x, *input;  // rows of (padded) columns
-    uint8_t* room;
+    Own& own;
     const float *pending, *pending_norm;  // what x still lacks, and the norm before it is added
+    bool is_routed;                       // whether `pending` has slots, which `own.routing` tells the rows of
+    uint8_t* room() const { return reinterpret_cast<uint8_t*>(own.room.data()); }
   };
   struct Product {
     const Weight& by;
     float* y;  // (rows, padded(by.of.rows))
   };
+  using Products = std::initializer_list<Product>;
 
   int64_t heads_wide() const { return spec_.heads * spec_.head_dim; }
   int64_t part_stride() const { return width_ + kPartRest; }
@@ -306,11 +393,16 @@ class Pass {
   }
 
   void make_room(int64_t threads) {
-    const int64_t rows = whole(count_, 16), hidden = padded(spec_.hidden), inter = padded(spec_.intermediate);
-    const int64_t wide = padded(heads_wide()), kv_wide = padded(spec_.kv_heads * spec_.head_dim), widest = std::max({hidden, inter, wide});
+    const int64_t rows = whole(count_, 16), hidden = padded(spec_.hidden), inter = model_.has_dense ? padded(spec_.intermediate) : 0;
+    const int64_t expert_inter = model_.has_routed ? padded(spec_.expert_intermediate) : 0, choices = model_.has_routed ? count_ * spec_.experts_per_token : 0;
+    const int64_t slots = whole(choices + 15 * std::min(choices, spec_.num_experts), 16);  // at most 15 of each expert stay empty
+    const int64_t wide = padded(heads_wide()), kv_wide = padded(spec_.kv_heads * spec_.head_dim), widest = std::max({hidden, inter, expert_inter, wide});
     const int64_t form = 3 * (whole(std::max(rows, kLogitRows), 16) + 16) * widest;
     query_ = model_.query.sized(rows * wide), key_ = model_.key.sized(rows * kv_wide), value_ = model_.value.sized(rows * kv_wide);
-    gate_ = model_.gate.sized(rows * inter), up_ = model_.up.sized(rows * inter), added_ = model_.added.sized(rows * hidden);
+    const int64_t gates = std::max(rows * inter, slots * expert_inter);
+    gate_ = model_.gate.sized(gates), up_ = model_.up.sized(gates), added_ = model_.added.sized(rows * hidden);
+    beside_ = model_.beside.sized(spec_.is_parallel ? rows * hidden : 0);
+    router_ = model_.router.sized(choices ? rows * padded(spec_.num_experts) : 0), routed_ = model_.routed.sized(slots * hidden);
     parts_ = model_.parts.sized(part_heads_ * part_stride());
     const int64_t asked = std::min<int64_t>(kLogitRows, asked_.size());
     logits_ = asked ? model_.logits.sized(whole(asked, 16) * padded(spec_.vocabulary)) : nullptr;
@@ -320,8 +412,13 @@ class Pass {
     if (int64_t(model_.own.size()) < threads) model_.own.resize(threads);
     for (int64_t i = 0; i < threads; ++i) {
       Own& own = model_.own[i];
-      const int64_t few = whole(kFewRows, 16);
-      own.x.sized(kFewRows * hidden), own.input.sized(few * widest), own.room.sized(3 * (few + 16) * widest);
+      const int64_t few = whole(kFewRows, 16), at_expert = choices ? std::min(rows, kExpertRows) : 0;
+      own.x.sized(kFewRows * hidden), own.input.sized(few * widest), own.room.sized(3 * (std::max(few, at_expert) + 16) * widest);
+      own.gathered.sized(at_expert * hidden);
+      Routing& routing = own.routing;
+      routing.probabilities.resize(spec_.num_experts), routing.is_taken.resize(spec_.num_experts);
+      routing.expert.resize(choices), routing.share.resize(choices), routing.slot.resize(choices);
+      routing.first.resize(spec_.num_experts), routing.count.resize(spec_.num_experts), routing.row.resize(slots);
     }
   }
 
@@ -330,14 +427,19 @@ class Pass {
   // Calls fill(row, to) for the rows that this thread prepares, which writes a row of `input`, and brings them into the forms that
   // the weights take: all rows, for every thread.
   template <class Fill>
-  void prepare(Thread& me, int64_t count, bool few, float* input, std::initializer_list<Product> products, Activations* to, Fill fill) {
+  void prepare(Thread& me, int64_t count, bool few, float* input, Products products, Activations* to, Fill fill) {
     const int64_t columns = products.begin()->by.of.columns, stride = padded(columns);
     const auto [first, last] = few ? std::pair<int64_t, int64_t>{0, count} : share(count, me);
     for (int64_t row = first; row < last; ++row) {
       fill(row, input + row * stride);
       std::fill(input + row * stride + columns, input + (row + 1) * stride, 0.0f);
     }
-    uint8_t* room = few ? me.room : room_;
+    make_forms(count, first, last, input, products, few ? me.room() : room_, to);
+    if (!few) me.team.barrier();
+  }
+
+  // The forms of rows [first, last) of `count` rows of `input` for each of the weights.
+  static void make_forms(int64_t count, int64_t first, int64_t last, const float* input, Products products, uint8_t* room, Activations* to) {
     const Header* before = nullptr;
     for (const Product& product : products) {
       const Header& of = product.by.of;
@@ -351,7 +453,6 @@ class Pass {
       }
       before = &of, ++to;
     }
-    if (!few) me.team.barrier();
   }
 
   // Rows [first, last) of `count` for a thread, in whole sixteens where there are enough.
@@ -363,7 +464,7 @@ class Pass {
   // This thread's share of the outputs of all products, seen as one row of outputs; with `same_rows` the same rows of each. Calls
   // done(product, first, last) for the rows of a weight that it has multiplied.
   template <class Done>
-  void multiply(Thread& me, int64_t count, std::initializer_list<Product> products, const Activations* forms, bool same_rows, Done done) {
+  void multiply(const Thread& me, int64_t count, Products products, const Activations* forms, bool same_rows, Done done) {
     int64_t unit = 16, units = 0;
     for (const Product& product : products)
       unit = std::max(unit, product.by.of.tile_rows() * kernel_for(product.by.of, count, false).multiple_of_tiles);
@@ -390,8 +491,21 @@ class Pass {
   void complete(const Thread& me, int64_t row, float* to) const {
     const int64_t at = row * padded(spec_.hidden);
     if (!me.pending) return void(std::copy_n(me.x + at, spec_.hidden, to));
-    rms_norm(me.pending + at, me.pending_norm, spec_.hidden, spec_.epsilon, to);
+    const float* pending = me.pending + at;
+    if (me.is_routed) {
+      const Routing& of = me.own.routing;
+      std::fill_n(to, spec_.hidden, 0.0f);
+      for (int64_t j = row * spec_.experts_per_token; j < (row + 1) * spec_.experts_per_token; ++j)
+        add_scaled(to, me.pending + of.slot[j] * padded(spec_.hidden), of.share[j], spec_.hidden);
+      pending = to;
+    }
+    norm(pending, me.pending_norm, to);
     add_to_scaled(me.x + at, spec_.residual_scale, spec_.hidden, to);
+  }
+
+  void norm(const float* x, const float* weight, float* to) const {
+    if (weight && spec_.layer_norms) layer_norm(x, weight, weight + spec_.hidden, spec_.hidden, spec_.epsilon, to);
+    else rms_norm(x, weight, spec_.hidden, spec_.epsilon, to);
   }
 
   // ---- attention
@@ -471,7 +585,7 @@ class Pass {
     Own& own = model_.own[rank];
     const int64_t hidden = padded(spec_.hidden);
     float* const x = few_ ? own.x.data() : x_;
-    Thread me{team, rank, 0, 0, x, few_ ? own.input.data() : input_, reinterpret_cast<uint8_t*>(own.room.data()), nullptr, nullptr};
+    Thread me{team, rank, x, few_ ? own.input.data() : input_, own, nullptr, nullptr, false};
     const auto [first, last] = few_ ? std::pair<int64_t, int64_t>{0, count_} : share(count_, me);
     for (int64_t row = first; row < last; ++row) {
       const Sequence& of = sequences_[rows_[row].sequence];
@@ -489,12 +603,12 @@ class Pass {
       return [&, norm](int64_t row, float* to) {
         complete(me, row, to);
         if (me.pending) std::copy_n(to, spec_.hidden, me.x + row * padded(spec_.hidden));
-        rms_norm(to, norm, spec_.hidden, spec_.epsilon, to);
+        this->norm(to, norm, to);
       };
     };
     Activations forms[3];
 
-    const std::initializer_list<Product> qkv = {{of.q_weight, query_}, {of.k_weight, key_}, {of.v_weight, value_}};
+    const Products qkv = {{of.q_weight, query_}, {of.k_weight, key_}, {of.v_weight, value_}};
     prepare(me, count_, few_, me.input, qkv, forms, normed(of.attention_norm));
     me.pending = nullptr;
     multiply(me, count_, qkv, forms, false, nothing);
@@ -511,30 +625,130 @@ class Pass {
       attend(index, items_[i], items_[std::min(i + me.team.size(), items - 1)]);
     me.team.barrier();
 
-    const std::initializer_list<Product> o = {{of.o_weight, added_}};
+    const Products o = {{of.o_weight, added_}};
     prepare(me, count_, few_, me.input, o, forms, [&](int64_t row, float* to) { gather_heads(of, row, to); });
     multiply(me, count_, o, forms, false, nothing);
     me.team.barrier();
-    me.pending = added_, me.pending_norm = of.post_attention_norm;
+    me.is_routed = false;
+    if (!spec_.is_parallel) me.pending = added_, me.pending_norm = of.post_attention_norm;
 
-    const std::initializer_list<Product> gate_up = {{of.gate_weight, gate_}, {of.up_weight, up_}};
-    prepare(me, count_, few_, me.input, gate_up, forms, normed(of.mlp_norm));
-    me.pending = nullptr;
-    multiply(me, count_, gate_up, forms, true, [&](const Product& product, int64_t first, int64_t last) {
-      if (product.y != up_) return;
-      const auto act = spec_.activation == kSilu ? silu_times : gelu_times;
-      for (int64_t row = 0; row < count_; ++row) {
-        const int64_t at = row * padded(spec_.intermediate) + first;
-        act(gate_ + at, up_ + at, last - first);
-      }
+    if (of.experts) step_through_experts(me, of, normed(of.mlp_norm));
+    else step_through_mlp(me, of.mlps[0], normed(of.mlp_norm));
+    me.pending_norm = of.post_mlp_norm;
+  }
+
+  template <class Fill>
+  void step_through_mlp(Thread& me, const Mlp& by, Fill normed) {
+    Activations forms[2];
+    with_up(by, 0, [&](Products up) {
+      prepare(me, count_, few_, me.input, up, forms, normed);
+      multiply_up(me, count_, by, 0, up, forms);
     });
     me.team.barrier();
 
-    const std::initializer_list<Product> down = {{of.down_weight, added_}};
+    const Products down = {{by.down, spec_.is_parallel ? beside_ : added_}};
     prepare(me, count_, few_, gate_, down, forms, [](int64_t, float*) {});
-    multiply(me, count_, down, forms, false, nothing);
+    multiply(me, count_, down, forms, false, [&](const Product&, int64_t first, int64_t last) {
+      if (!spec_.is_parallel) return;
+      for (int64_t row = 0; row < count_; ++row) {
+        const int64_t at = row * padded(spec_.hidden) + first;
+        add_scaled(added_ + at, beside_ + at, 1, last - first);
+      }
+    });
     me.team.barrier();
-    me.pending = added_, me.pending_norm = of.post_mlp_norm;
+    me.pending = added_;
+  }
+
+  // Calls step(products) with the products of gate and up, whose rows go to those of `gate_` and `up_` from `row` on; without a gate,
+  // those of up go to `gate_`.
+  template <class Step>
+  void with_up(const Mlp& by, int64_t row, Step step) {
+    const int64_t at = row * padded(by.width);
+    if (by.is_gated) step({{by.gate, gate_ + at}, {by.up, up_ + at}});
+    else step({{by.up, gate_ + at}});
+  }
+
+  void multiply_up(const Thread& me, int64_t count, const Mlp& by, int64_t row, Products up, const Activations* forms) {
+    const Product& last_one = *(up.end() - 1);
+    multiply(me, count, up, forms, true, [&](const Product& product, int64_t first, int64_t last) {
+      if (product.y != last_one.y) return;
+      const Activate activate = activation_of(spec_.activation);
+      for (int64_t i = 0; i < count; ++i) {
+        const int64_t at = (row + i) * padded(by.width) + first;
+        activate(gate_ + at, by.is_gated ? up_ + at : nullptr, last - first);
+      }
+    });
+  }
+
+  // ---- experts
+
+  template <class Fill>
+  void step_through_experts(Thread& me, const Layer& of, Fill normed) {
+    const int64_t hidden = padded(spec_.hidden);
+    Activations forms[2];
+    const Products router = {{of.router_weight, router_}};
+    prepare(me, count_, few_, me.input, router, forms, normed);
+    multiply(me, count_, router, forms, false, [](const Product&, int64_t, int64_t) {});
+    me.team.barrier();
+
+    Routing& routing = me.own.routing;
+    choose(routing);
+    float* const gathered = me.own.gathered.data();
+    for_each_expert(me, routing, [&](const Thread& turned, int64_t expert, int64_t slot, int64_t count) {
+      for (int64_t i = 0; i < count; ++i) std::copy_n(me.input + routing.row[slot + i] * hidden, hidden, gathered + i * hidden);
+      const Mlp& by = of.mlps[expert];
+      with_up(by, slot, [&](Products up) {
+        make_forms(count, 0, count, gathered, up, me.room(), forms);
+        multiply_up(turned, count, by, slot, up, forms);
+      });
+    });
+    me.team.barrier();
+
+    for_each_expert(me, routing, [&](const Thread& turned, int64_t expert, int64_t slot, int64_t count) {
+      const Mlp& by = of.mlps[expert];
+      const Products down = {{by.down, routed_ + slot * hidden}};
+      make_forms(count, 0, count, gate_ + slot * padded(by.width), down, me.room(), forms);
+      multiply(turned, count, down, forms, false, [](const Product&, int64_t, int64_t) {});
+    });
+    me.team.barrier();
+    me.pending = routed_, me.is_routed = true;
+  }
+
+  // Calls step(turned, expert, first slot, number of slots) for the experts that rows have chosen, up to `kExpertRows` rows at a time.
+  // `turned` is this thread with another rank for each expert: a share of the tiles of one may be larger than the next thread's.
+  template <class Step>
+  void for_each_expert(const Thread& me, const Routing& routing, Step step) {
+    Thread turned = me;
+    for (int64_t expert = 0; expert < spec_.num_experts; ++expert)
+      for (int64_t done = 0; done < routing.count[expert]; done += kExpertRows) {
+        step(turned, expert, routing.first[expert] + done, std::min(kExpertRows, routing.count[expert] - done));
+        turned.rank = (turned.rank + 1) % me.team.size();
+      }
+  }
+
+  // The experts of all rows, by the products of the router: the most probable ones, the first one of equals.
+  void choose(Routing& to) const {
+    const int64_t experts = spec_.num_experts, each = spec_.experts_per_token;
+    std::fill_n(to.count.data(), experts, 0);
+    for (int64_t row = 0; row < count_; ++row) {
+      float* const p = to.probabilities.data();
+      softmax(router_ + row * padded(experts), experts, p);
+      std::fill_n(to.is_taken.data(), experts, 0);
+      float sum = 0;
+      for (int64_t j = row * each; j < (row + 1) * each; ++j) {
+        int64_t best = -1;
+        for (int64_t e = 0; e < experts; ++e)
+          if (!to.is_taken[e] && (best < 0 || !(p[e] <= p[best]))) best = e;  // NaN is taken
+        to.is_taken[best] = 1, to.expert[j] = int32_t(best), to.share[j] = p[best], sum += p[best];
+        to.slot[j] = to.count[best]++;  // among those of its expert
+      }
+      for (int64_t j = row * each; spec_.normalizes_experts && j < (row + 1) * each; ++j) to.share[j] /= sum;
+    }
+    for (int64_t expert = 0, slots = 0; expert < experts; slots += whole(to.count[expert++], 16)) to.first[expert] = slots;
+    for (int64_t j = 0; j < count_ * each; ++j) {
+      to.slot[j] += to.first[to.expert[j]];
+      to.row[to.slot[j]] = j / each;
+    }
   }
 
   // Puts the keys of all rows into the cache, and their queries in place.
@@ -563,10 +777,10 @@ class Pass {
       const bool few = count <= kFewRows;
       if (begin) me.team.barrier();  // all have read the rows before
       Activations form;
-      const std::initializer_list<Product> head = {{model_.head, logits_}};
+      const Products head = {{model_.head, logits_}};
       prepare(me, count, few, few ? model_.own[me.rank].input.data() : input_, head, &form, [&](int64_t j, float* to) {
         complete(me, asked_[begin + j].row, to);
-        rms_norm(to, model_.spec.norm, spec_.hidden, spec_.epsilon, to);
+        norm(to, spec_.norm, to);
       });
       multiply(me, count, head, &form, false, [&](const Product&, int64_t first, int64_t last) {
         for (int64_t j = 0; j < count; ++j) {
@@ -592,7 +806,7 @@ class Pass {
   bool few_ = false, has_prompts_ = false;
   Attention attention_{};
   std::atomic<int64_t> next_item_[2] = {};
-  float *x_, *input_, *query_, *key_, *value_, *gate_, *up_, *added_, *parts_, *logits_;
+  float *x_, *input_, *query_, *key_, *value_, *gate_, *up_, *added_, *beside_, *router_, *routed_, *parts_, *logits_;
   uint8_t* room_;
 };
 
