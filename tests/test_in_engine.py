@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
@@ -22,6 +23,7 @@ from castlm_runtime.families import FAMILIES, describe
 from castlm_runtime.generate import Session
 from castlm_runtime.model import Cache, Model, Part
 from castlm_runtime.tokenizer import Tokenizer
+from tests.packed_weights import kernels_of
 from tests.refusals import refusal
 from tests.tiny import TEXT, save_tiny, tiny_model, tiny_tokenizer
 
@@ -153,7 +155,7 @@ def test_what_a_config_lacks_is_what_transformers_takes(family):
 def test_packed_folders_of_all_formats_have_the_logits_of_their_plain_ones(
     family, pattern, kind, tmp_path, monkeypatch
 ):
-    """In one token at a time, in prompts and in several sequences together, with each cache."""
+    """In one token at a time and in prompts, with each cache and the kernels of each level."""
     monkeypatch.setattr(packed, "check_loads", lambda folder: None)  # in a fresh process
     source = save_tiny(tmp_path / "dense", family, hidden_size=64, intermediate_size=64)
     if pattern:
@@ -172,7 +174,6 @@ def test_packed_folders_of_all_formats_have_the_logits_of_their_plain_ones(
     ids = torch.randint(256, (1, 100), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():
         expected = exact(ids).logits[0]
-    engine = Model.open(tmp_path / "packed", threads=2)
 
     def check(found: np.ndarray, exact: torch.Tensor, is_exact: bool) -> None:
         """Integers round activations to 8 bits, and a cache rounds keys: some tokens then choose another of two experts
@@ -183,9 +184,12 @@ def test_packed_folders_of_all_formats_have_the_logits_of_their_plain_ones(
 
     sizes = [1, 1, 70, 3, 1, 20, 4]
     ends = np.cumsum(sizes) - 1
-    for cache in ("fp32", "bf16", "int8"):
-        check(in_parts(engine, ids[0].tolist(), sizes, cache), expected[ends], kind is None and cache == "fp32")
-    check(engine.logits(ids[0].tolist()), expected, kind is None)
+    for level in native.levels():
+        with kernels_of(level):
+            engine = Model.open(tmp_path / "packed", threads=2)
+        for cache in ("fp32", "bf16", "int8"):
+            check(in_parts(engine, ids[0].tolist(), sizes, cache), expected[ends], kind is None and cache == "fp32")
+        check(engine.logits(ids[0].tolist()), expected, kind is None)
 
 
 @pytest.mark.parametrize("family", [*EXPERTS, "gpt_neox", "phi", "stablelm"])
@@ -219,6 +223,43 @@ def test_packed_experts_in_memory_run_in_the_engine(family, tmp_path, monkeypatc
     assert (
         Session.open(tmp_path / "packed", kind="fp32").generate(IDS[0].tolist(), max_new_tokens=9).text == expected.text
     )
+
+
+@pytest.mark.parametrize("family", EXPERTS)
+def test_experts_that_are_stored_stacked_have_the_tokens_of_transformers(family, tmp_path, monkeypatch):
+    """As transformers 5 has them in memory: plain, packed, and from memory."""
+    monkeypatch.setattr(packed, "check_loads", lambda folder: None)
+    dense, sparse, folder = tmp_path / "dense", tmp_path / "sparse", tmp_path / "packed"
+    tiny_model(family).save_pretrained(dense, save_original_format=False)
+    tiny_tokenizer().save_pretrained(dense)
+    assert main(["prune", "--model", str(dense), "--solver", "magnitude", "--output-dir", str(sparse)]) == 0
+    assert main(["pack", str(sparse), "--output-dir", str(folder)]) == 0
+    register()
+    for source, opened in ((dense, dense), (sparse, sparse), (sparse, folder)):
+        exact = AutoModelForCausalLM.from_pretrained(source)
+        expected = exact.generate(IDS, max_new_tokens=24, do_sample=False, pad_token_id=0, eos_token_id=None)
+        for session in (Session.open(opened, kind="fp32"), session_of(exact, tiny_tokenizer(), kind="fp32")):
+            done = session.generate(IDS[0].tolist(), max_new_tokens=24, ignores_end=True)
+            assert list(done.tokens) == expected[0, IDS.shape[1] :].tolist()
+    # In memory gate and up of an expert are one buffer, which transformers multiplies by.
+    assert why_not_in_engine(AutoModelForCausalLM.from_pretrained(folder)) == "its packed layers are fused"
+
+
+@pytest.mark.parametrize("is_stacked", [False, True])
+def test_damaged_experts_are_refused_by_name(is_stacked, tmp_path):
+    tiny_model("mixtral").save_pretrained(tmp_path, save_original_format=not is_stacked)
+    stored = load_file(tmp_path / "model.safetensors")
+    router = "model.layers.1.mlp.gate.weight" if is_stacked else "model.layers.1.block_sparse_moe.gate.weight"
+    experts = ["mlp.experts.down_proj"] if is_stacked else [f"block_sparse_moe.experts.{e}.w2.weight" for e in (0, 3)]
+    for name in (router, *(f"model.layers.1.{name}" for name in experts)):
+        weight = stored[name]
+        damaged = weight.clone()
+        damaged[-1, -1] = float("nan")
+        for values in (damaged, None, weight[..., :-1].contiguous(), weight[:-1].contiguous()):
+            changed = {key: tensor for key, tensor in stored.items() if key != name}
+            save_file(changed if values is None else {**changed, name: values}, tmp_path / "model.safetensors")
+            with refusal(name.removesuffix(".weight")):
+                Model.open(tmp_path)
 
 
 def test_a_number_of_experts_that_makes_no_sense_is_refused(tmp_path):

@@ -56,14 +56,14 @@ class Description:
     """For each layer the positions that attention reads, its own among them; 0 for all."""
     ropes: tuple[Rope | None, ...]
     """For each layer; None without rotary embedding."""
+    routed: tuple[bool, ...]
+    """For each layer whether it has experts."""
     embedding_scale: float = 1.0
     residual_scale: float = 1.0
     logit_scale: float = 1.0
     logit_cap: float = 0.0
     is_parallel: bool = False
     """Whether the MLP of a block reads what its attention reads."""
-    routed: tuple[bool, ...] = ()
-    """For each layer whether it has experts."""
     num_experts: int = 0
     experts_per_token: int = 0
     expert_intermediate: int = 0
@@ -76,15 +76,14 @@ class Experts:
     """The experts of a family.
 
     Attributes:
-        router: the name of the router in a block.
-        matrices: as in `Family`, with {} for the number of an expert; a tensor of all experts has its whole name.
+        layouts: the ways in which files have them: names in a block, and the parts of each, as `Family.matrices`. {} is
+            the number of an expert; a name without it is a tensor of all experts. The first name tells the layout.
         intermediate_key: key of the config with their width.
         normalizes: whether the shares of a token's experts add up to 1.
         routed: whether a layer has experts.
     """
 
-    router: str
-    matrices: Mapping[str, tuple[str, ...]]
+    layouts: tuple[Mapping[str, tuple[str, ...]], ...]
     intermediate_key: str = "intermediate_size"
     normalizes: Callable[[Config], bool] = lambda config: True
     routed: Callable[[Config, int], bool] = lambda config, layer: True
@@ -144,9 +143,8 @@ class Family:
 
     @property
     def is_fused(self) -> bool:
-        """Whether a stored matrix has several parts."""
-        matrices = [*self.matrices.values(), *(self.experts.matrices.values() if self.experts else ())]
-        return any(len(parts) > 1 for parts in matrices)
+        """Whether a stored matrix has several parts, outside experts."""
+        return any(len(parts) > 1 for parts in self.matrices.values())
 
 
 # ---- windows
@@ -316,7 +314,15 @@ _AFTER = (None, None, "post_attention_layernorm", "post_feedforward_layernorm")
 _ONE_NORM = ("input_layernorm", "input_layernorm", None, None)
 _PHI3 = {"self_attn.qkv_proj": ("q", "k", "v"), "self_attn.o_proj": ("o",)}
 _PHI3_MLP = {"mlp.gate_up_proj": ("gate", "up"), "mlp.down_proj": ("down",)}
-_EACH_EXPERT = {f"mlp.experts.{{}}.{part}_proj": (part,) for part in ("gate", "up", "down")}
+_EXPERTS_APART = {f"mlp.experts.{{}}.{part}_proj": (part,) for part in ("gate", "up", "down")} | {
+    "mlp.gate": ("router",)
+}
+_EXPERTS_STACKED = {
+    "mlp.experts.gate_up_proj": ("gate", "up"),
+    "mlp.experts.down_proj": ("down",),
+    "mlp.gate": ("router",),
+}
+"""The names that transformers 5 has in memory, and in files of `save_pretrained(save_original_format=False)`."""
 _GRANITE_DEFAULTS = {
     "rms_norm_eps": 1e-6,
     "embedding_multiplier": 1.0,
@@ -387,12 +393,15 @@ FAMILIES: dict[str, Family] = {
             **{"num_local_experts": 8, "num_experts_per_tok": 2},
         },
         experts=Experts(
-            "block_sparse_moe.gate",
-            {
-                "block_sparse_moe.experts.{}.w1": ("gate",),
-                "block_sparse_moe.experts.{}.w3": ("up",),
-                "block_sparse_moe.experts.{}.w2": ("down",),
-            },
+            (
+                {
+                    "block_sparse_moe.experts.{}.w1": ("gate",),
+                    "block_sparse_moe.experts.{}.w3": ("up",),
+                    "block_sparse_moe.experts.{}.w2": ("down",),
+                    "block_sparse_moe.gate": ("router",),
+                },
+                _EXPERTS_STACKED,
+            ),
         ),
         windows=_every_layer,
     ),
@@ -402,8 +411,7 @@ FAMILIES: dict[str, Family] = {
             **{"num_experts": 128, "num_experts_per_tok": 8, "moe_intermediate_size": 768, "decoder_sparse_step": 1},
         },
         experts=Experts(
-            "mlp.gate",
-            _EACH_EXPERT,
+            (_EXPERTS_APART, _EXPERTS_STACKED),
             intermediate_key="moe_intermediate_size",
             normalizes=lambda config: bool(config["norm_topk_prob"]),
             routed=_qwen_routed,
@@ -412,18 +420,28 @@ FAMILIES: dict[str, Family] = {
     ),
     "olmoe": Family(
         {"rms_norm_eps": 1e-5, "num_experts": 64, "num_experts_per_tok": 8, "norm_topk_prob": False},
-        experts=Experts("mlp.gate", _EACH_EXPERT, normalizes=lambda config: bool(config["norm_topk_prob"])),
+        experts=Experts(
+            (_EXPERTS_APART, _EXPERTS_STACKED),
+            normalizes=lambda config: bool(config["norm_topk_prob"]),
+        ),
         wide_head_norms=True,
         refused=("clip_qkv",),
     ),
     "granitemoe": Family(
         {**_GRANITE_DEFAULTS, "num_local_experts": 8, "num_experts_per_tok": 2},
         experts=Experts(
-            "block_sparse_moe.router.layer",
-            {
-                "block_sparse_moe.input_linear.weight": ("gate", "up"),
-                "block_sparse_moe.output_linear.weight": ("down",),
-            },
+            (
+                {
+                    "block_sparse_moe.input_linear.weight": ("gate", "up"),
+                    "block_sparse_moe.output_linear.weight": ("down",),
+                    "block_sparse_moe.router.layer": ("router",),
+                },
+                {
+                    "block_sparse_moe.experts.gate_up_proj": ("gate", "up"),
+                    "block_sparse_moe.experts.down_proj": ("down",),
+                    "block_sparse_moe.router": ("router",),
+                },
+            ),
         ),
         scales=_granite_scales,
     ),
@@ -584,8 +602,9 @@ def describe(config: Config) -> Description:
 
 def _experts(family: Family, config: Config) -> dict[str, Any]:
     """The fields of a description on experts. transformers has two names for their number, and older files either."""
+    layers = range(int(config["num_hidden_layers"]))
     if family.experts is None:
-        return {}
+        return {"routed": (False,) * len(layers)}
     count = int(config.get("num_local_experts", config.get("num_experts")))
     each = int(config["num_experts_per_tok"])
     if not 1 <= each <= count:
@@ -593,7 +612,7 @@ def _experts(family: Family, config: Config) -> dict[str, Any]:
             f"config.json has {each} of {count} experts for a token: castlm-runtime needs at least 1 of each"
         )
     return {
-        "routed": tuple(family.experts.routed(config, layer) for layer in range(int(config["num_hidden_layers"]))),
+        "routed": tuple(family.experts.routed(config, layer) for layer in layers),
         "num_experts": count,
         "experts_per_token": each,
         "expert_intermediate": int(config[family.experts.intermediate_key]),

@@ -246,7 +246,7 @@ class Model:
             parts = [*_ATTENTION, *_MLP, "router"]
             experts = [
                 expert_spec(**{part: references[f"{i}.{e}.{part}"] for part in _MLP})
-                for e in range(of.num_experts if any(of.routed[i : i + 1]) else 0)
+                for e in range(of.num_experts if of.routed[i] else 0)
             ]
             array = (expert_spec * len(experts))(*experts)
             self._kept.append(array)
@@ -434,10 +434,11 @@ def _plan(of: Description, weights: Weights) -> _Plan:
 
     def add(name: str, places: Mapping[str, tuple[int, Rows]], columns: int, whole: int, experts: int = 0) -> None:
         spec = weights.spec(name)
-        if spec is None or (spec.rows, spec.columns, spec.experts) != (whole, columns, experts) or spec.transposed:
-            shape = "missing" if spec is None else f"of shape {spec.rows} x {spec.columns}"
+        wanted = (experts, whole // experts, columns) if experts else (whole, columns)
+        if spec is None or spec.unpacked_shape != wanted or spec.transposed:
+            shape = "missing" if spec is None else f"of shape {_by(spec.unpacked_shape)}"
             raise InputError(
-                f"{name} is {shape}, and config.json asks for {whole} x {columns}: fetch or pack the model again"
+                f"{name} is {shape}, and config.json asks for {_by(wanted)}: fetch or pack the model again"
             )
         for place, (rows, part) in places.items():
             found[place] = (name, part, library.packed_bytes(spec.values, spec.n, spec.m, rows, columns))
@@ -452,7 +453,7 @@ def _plan(of: Description, weights: Weights) -> _Plan:
     rows = {"q": queries, "k": keys, "v": keys, "o": of.hidden}
     rows |= {"gate": of.intermediate, "up": of.intermediate, "down": of.hidden}
     for i in range(of.num_layers):
-        at, is_routed = f"{family.root}.layers.{i}", any(of.routed[i : i + 1])
+        at, is_routed = f"{family.root}.layers.{i}", of.routed[i]
         for name, parts in family.matrices.items():
             if is_routed and parts[0] in _MLP:
                 continue
@@ -463,25 +464,30 @@ def _plan(of: Description, weights: Weights) -> _Plan:
         if not is_routed:
             continue
         assert family.experts is not None
-        add(f"{at}.{family.experts.router}", {f"{i}.router": (of.num_experts, None)}, of.hidden, of.num_experts)
-        width = of.expert_intermediate
-        for name, parts in family.experts.matrices.items():
+        layouts, width = family.experts.layouts, of.expert_intermediate
+        layout = next((names for names in layouts if weights.spec(f"{at}.{next(iter(names)).format(0)}")), layouts[0])
+        for name, parts in layout.items():
             columns = width if parts[0] == "down" else of.hidden
-            places = _places(parts, {"gate": width, "up": width, "down": of.hidden}, 0)
+            places = _places(parts, {"router": of.num_experts, "gate": width, "up": width, "down": of.hidden}, 0)
             whole = sum(count for count, _ in places.values())
-            if "{}" in name:
+            if parts == ("router",):
+                add(f"{at}.{name}", {f"{i}.router": places["router"]}, columns, whole)
+            elif "{}" in name:
                 for e in range(of.num_experts):
                     here = {f"{i}.{e}.{part}": rows_of for part, rows_of in places.items()}
                     add(f"{at}.{name.format(e)}", here, columns, whole)
-                continue
-            here = {}
-            for e in range(of.num_experts):
-                first = e * whole
-                for part, (count, _) in places.items():
-                    here[f"{i}.{e}.{part}"] = (count, slice(first, first + count))
-                    first += count
-            add(f"{at}.{name}", here, columns, whole * of.num_experts, of.num_experts)
+            else:
+                here, first = {}, 0
+                for e in range(of.num_experts):
+                    for part, (count, _) in places.items():
+                        here[f"{i}.{e}.{part}"] = (count, slice(first, first + count))
+                        first += count
+                add(f"{at}.{name}", here, columns, whole * of.num_experts, of.num_experts)
     return _Plan(found)
+
+
+def _by(shape: Sequence[int]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def _places(parts: Sequence[str], rows: Mapping[str, int], head_dim: int) -> dict[str, tuple[int, Rows]]:

@@ -69,6 +69,11 @@ class PackedExperts(nn.Module):
     def dense(self) -> Any:
         return self._dense[0]
 
+    @property
+    def is_fused(self) -> bool:
+        """Whether the gate and the up projection of an expert are one packed layer."""
+        return any(of.name == "gate_up_proj" and len(of.pieces[0]) == 1 for of in self.projections if of.pieces)
+
     def pack_(self, model: PreTrainedModel, fqn: str, name: str, specs: Mapping[str, PackedSpec]) -> dict[str, str]:
         """Replaces the 3-D weight `name` of these experts, which stand at `fqn`, by packed layers without values.
 

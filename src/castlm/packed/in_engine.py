@@ -15,6 +15,7 @@ from castlm.dtypes import FLOAT_NAMES
 from castlm.models.architecture import generating
 from castlm.models.stored_layout import StoredLayout
 from castlm.packed import native
+from castlm.packed.experts import PackedExperts
 from castlm.packed.layers import PackedModule
 from castlm_runtime.defaults import Defaults
 from castlm_runtime.families import describe, why_not
@@ -105,8 +106,9 @@ def why_not_in_engine(model: PreTrainedModel) -> str | None:
         return f"it is on {model.device}"
     if model.generation_config.get_generation_mode().value not in ("greedy_search", "sample"):
         return "its generation config asks for another search than greedy or sampled"
-    is_fused = describe(model.config.to_dict()).family.is_fused
-    return "its packed layers are fused" if is_fused and is_packed(model) else None
+    is_fused = describe(model.config.to_dict()).family.is_fused and is_packed(model)
+    is_fused |= any(isinstance(module, PackedExperts) and module.is_fused for module in model.modules())
+    return "its packed layers are fused" if is_fused else None
 
 
 def model_in_engine(model: PreTrainedModel, threads: int = 0) -> Model:
