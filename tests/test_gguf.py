@@ -34,6 +34,14 @@ def source(tmp_path_factory):
     [
         ("int4", "Q4_0", []),
         ("int4", "Q4_0", ["--calibration", "text.txt", "--calibration-sequences", "4", "--seq-len", "32"]),
+        (
+            "int4",
+            "Q4_0",
+            [
+                *("--calibration", "text.txt", "--calibration-sequences", "4", "--seq-len", "32"),
+                *("--train-steps", "40", "--learning-rate", "1e-3"),
+            ],
+        ),
         ("int8", "Q8_0", []),
     ],
 )

@@ -269,7 +269,7 @@ def test_a_quantize_is_not_continued_with_another(name, ground, tmp_path):
     def made(options: Change) -> QuantizeCommand:
         return QuantizeCommand(**options)
 
-    contexts: list[Change] = [{"packed": True}] if name == "head" else [{}]
+    contexts: list[Change] = [{"packed": True}] if name == "head" else [{}, {"train_steps": 2}]
     context, change = with_context(QUANTIZE_FIELDS, name, contexts, QUANTIZE_VALUES, made)
     if name == "pattern":
         change = {"pattern": "dense"}

@@ -226,6 +226,8 @@ class Quantized:
     text: str | None = None
     text_sha256: str | None = None
     seed: int | None = None
+    train_steps: int | None = None
+    """Steps in which the scales were trained; None without."""
 
 
 @dataclass(frozen=True)

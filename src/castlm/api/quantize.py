@@ -16,8 +16,9 @@ from castlm.data.options import TextOptions
 from castlm.facts import Facts
 from castlm.fields import Needs, build, choice, like, number, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
+from castlm.signals import num_ranks
 from castlm.training.options import ModelOptions, RuntimeOptions
-from castlm_runtime.formats import rounded_formats
+from castlm_runtime.formats import FORMATS, rounded_formats
 from castlm_runtime.reading import user_path
 
 if TYPE_CHECKING:  # they import torch
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # they import torch
 
     from castlm.api.objects import Model, Text
     from castlm.oneshot.steps.round import QuantizeReport
+    from castlm.training.scales import ScaleTraining
 
 FOLDER = Needs("output_dir", lambda options: options.output_dir is not None)
 
@@ -52,8 +54,8 @@ class QuantizeOptions(TextOptions):
         "int8",
         rounded_formats,
         help="int8 and fp8 round to the nearest, with one scale per row. int4 and int3 have a scale for every 64 "
-        "columns of a row and round by GPTQ with a calibration text. castlm train --weight-bits 3 loses far less "
-        "than int3 here.",
+        "columns of a row and round by GPTQ with a calibration text. int3 loses far less with --train-steps, or by "
+        "castlm train --weight-bits 3.",
     )
 
     packed: bool = option(
@@ -111,6 +113,22 @@ class QuantizeOptions(TextOptions):
         at_most=1,
         needs=CALIBRATION,
         help="int4, int3: add this fraction of the mean diagonal to the Hessian.",
+    )
+
+    train_steps: int = number(
+        0,
+        at_least=0,
+        needs=CALIBRATION,
+        help="int4, int3: steps in which the scales of the rounded model are trained on the calibration text, by the "
+        "KL divergence from the model before the rounding; the codes stay. A step reads one sequence. Both models "
+        "must fit in memory.",
+    )
+
+    learning_rate: float = number(
+        1e-2,
+        above=0,
+        needs=Needs("train_steps above 0", lambda options: options.train_steps > 0),
+        help="Peak learning rate of the logarithm of a scale.",
     )
 
     device: Literal["auto", "cpu", "cuda"] = like(RuntimeOptions, "device")
@@ -200,6 +218,7 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
         gguf_source(source, options.kind, output, options.overwrite)
         check_beside(output)
     pattern = pattern_of(source, options.pattern)
+    training = _scale_training(options, source)
     if options.output_dir is not None:
         inputs = {"model": source, "calibration": options.calibration}
         output = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
@@ -214,6 +233,7 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
             gguf=options.gguf is not None,
             head=options.head,
             damping=options.damping,
+            train=training,
             options=options,
             dtype=options.save_dtype,
             device=choose_device(options.device),
@@ -223,3 +243,32 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
             say=note,
         )
     return pattern, report
+
+
+def _scale_training(options: QuantizeOptions, teacher: str) -> ScaleTraining | None:
+    """The training of the scales that `train_steps` asks for; None without."""
+    if not options.train_steps:
+        return None
+    from castlm.progress import note
+    from castlm.training.scales import ScaleTraining
+
+    steps = f"--train-steps {options.train_steps}"
+    if not FORMATS[options.kind].reads_text:
+        raise InputError(f"{steps} is for int4 and int3: {options.kind} loses too little to gain by it; leave it out")
+    if num_ranks() > 1:
+        raise InputError(f"{steps} is for one rank: run castlm quantize without torchrun")
+    assert options.calibration is not None  # `train_steps` needs it
+    return ScaleTraining(
+        teacher,
+        options.calibration,
+        options.train_steps,
+        options.kind,
+        learning_rate=options.learning_rate,
+        seq_len=options.seq_len,
+        seed=options.seed,
+        device=options.device,
+        trust_remote_code=options.trust_remote_code,
+        of_text=options,
+        restart=options.overwrite,
+        say=note,
+    )

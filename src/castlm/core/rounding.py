@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from castlm.core.errors import InputError, naming
 from castlm.core.shards import local
 from castlm.core.sparsify import FilterFn, SparseLayer, computed_weight, filter_for, is_sparse_linear, weight_parameter
 
@@ -133,21 +134,120 @@ class WeightRounding(nn.Module):
     def forward(self, weight: Tensor) -> Tensor:
         return round_weight(weight, self.log_scale, self.bits, self.group) if self.on else weight
 
+    def fit_(self, weight: Tensor, keep_scales: bool) -> None:
+        """Switches the rounding on; see `fit_rounding_`."""
+        if not keep_scales:
+            end = 2 ** (self.bits - 1)
+            scales = best_scale(in_groups(weight, self.group), (-end, end - 1), at=(-end,)).abs()
+            local(self.log_scale).copy_(scales.log())
+        self.on = True
+
+
+class _Scale(torch.autograd.Function):
+    """The codes of a rounded weight times trained scales; see `ScaledCodes`. The weight gets no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, first: Tensor, log_scale: Tensor, group: int) -> Tensor:
+        ctx.save_for_backward(weight, first, log_scale)
+        ctx.group = group
+        codes, scale = _codes(weight, first, log_scale, group)
+        return codes.mul_(scale).flatten(-2)[..., : weight.shape[-1]]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None, Tensor, None]:
+        weight, first, log_scale = ctx.saved_tensors
+        codes, scale = _codes(weight, first, log_scale, ctx.group)
+        # w' = code s, so dw'/d log s = w'; the rounding of s to bf16 passes the gradient through
+        return None, None, (in_groups(grad, ctx.group) * codes.mul_(scale)).sum(-1), None
+
+
+def _codes(weight: Tensor, first: Tensor, log_scale: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """The codes (..., groups, group) of a weight with the scales `first`, and its scales now (..., groups, 1)."""
+    codes = (in_groups(weight, group) / first.unsqueeze(-1)).round_()
+    # as it will be stored, with the sign that it began with
+    return codes, (log_scale.exp().bfloat16().to(weight.dtype) * first.sign()).unsqueeze(-1)
+
+
+class ScaledCodes(WeightRounding):
+    """A parametrization of a weight that is rounded already: its codes stay, and its scales are trained."""
+
+    def __init__(self, weight: Tensor, bits: int, group: int) -> None:
+        super().__init__(weight, bits, group)
+        self.register_buffer("first", torch.ones_like(self.log_scale), persistent=False)
+        self.first: Tensor
+        """The scales that the weight was rounded with."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.on:
+            return weight
+        scaled: Tensor = _Scale.apply(weight, self.first, self.log_scale, self.group)
+        return scaled
+
+    def fit_(self, weight: Tensor, keep_scales: bool) -> None:
+        end = 2 ** (self.bits - 1)
+        self.first.copy_(grid_scale(weight, (-end, end - 1), self.group))
+        if not keep_scales:
+            self.log_scale.copy_(self.first.abs().log())
+        self.on = True
+
+    def stored(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes (..., columns) and scales (..., groups) of the weight, both fp32."""
+        codes, scale = _codes(weight, self.first, self.log_scale, self.group)
+        return codes.flatten(-2)[..., : weight.shape[-1]], scale.squeeze(-1)
+
+
+def grid_scale(weight: Tensor, ends: tuple[int, int], group: int) -> Tensor:
+    """The scales (..., groups), exact in bf16, of a weight that was rounded in groups of columns.
+
+    The scale of a group is its largest magnitude divided by a code, up to the rounding of the stored weights.
+
+    Args:
+        weight: (..., columns), whose values are codes times scales in this dtype.
+        ends: the smallest and the largest code.
+
+    Raises:
+        InputError: a group that is no whole multiple of a scale.
+    """
+    groups = in_groups(weight, group)  # (rows, groups, 64)
+    exact, (low, high) = groups.float(), ends
+    extreme = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
+    scales, found = torch.ones_like(extreme), extreme == 0
+    for end in range(1, -low + 1):
+        nearest = (extreme / -end).bfloat16()  # negative for the code -8 or -4, whose opposite does not exist
+        for step in (0, -1, 1):  # the stored end is rounded too
+            scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float()
+            codes = (exact / scale).round_()
+            fits = (codes * scale).to(weight.dtype) == groups
+            fits &= (codes >= low) & (codes <= high)
+            is_new = fits.all(-1, keepdim=True) & ~found
+            scales, found = torch.where(is_new, scale, scales), found | is_new
+    if not bool(found.all()):
+        raise InputError("its weights are not codes times scales")
+    return scales.squeeze(-1)
+
 
 def add_weight_rounding(
-    model: nn.Module, bits: int, group: int = 64, *, filter_fn: FilterFn = is_sparse_linear
+    model: nn.Module,
+    bits: int,
+    group: int = 64,
+    *,
+    filter_fn: FilterFn = is_sparse_linear,
+    rounding: type[WeightRounding] = WeightRounding,
 ) -> list[str]:
     """Adds trained rounding to the layers that `filter_fn` selects, in place; returns their names.
 
     Call it after `add_weight_scaling` and before `fully_shard` and the optimizer, then `fit_rounding_` once the weights
     have the values of step 0. `fold_weight_scaling` leaves plain layers with the rounded weights.
+
+    Args:
+        rounding: `WeightRounding`, or `ScaledCodes` for a model that is rounded already.
     """
     layers = {name: module for name, module in model.named_modules() if isinstance(module, SparseLayer)}
     chooses = filter_for(model, filter_fn)
     chosen = {name: layer for name, layer in layers.items() if chooses(layer, name)}
     for layer in chosen.values():
-        rounding = WeightRounding(weight_parameter(layer), bits, group)
-        parametrize.register_parametrization(layer, "weight", rounding, unsafe=True)
+        added = rounding(weight_parameter(layer), bits, group)
+        parametrize.register_parametrization(layer, "weight", added, unsafe=True)
     return list(chosen)
 
 
@@ -167,10 +267,6 @@ def fit_rounding_(model: nn.Module, *, keep_scales: bool = False) -> None:
     Args:
         keep_scales: leave the scales as they are, because a checkpoint holds trained ones.
     """
-    for _, layer, rounding in rounded_layers(model):
-        if not keep_scales:
-            end = 2 ** (rounding.bits - 1)
-            groups = in_groups(computed_weight(layer, local), rounding.group)
-            scales = best_scale(groups, (-end, end - 1), at=(-end,)).abs()
-            local(rounding.log_scale).copy_(scales.log())
-        rounding.on = True
+    for name, layer, rounding in rounded_layers(model):
+        with naming(name):
+            rounding.fit_(computed_weight(layer, local), keep_scales)

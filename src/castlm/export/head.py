@@ -78,6 +78,11 @@ def head_hessian(
         return_freed_memory()
         source = StoredModel(loaded.model, checkpoint, layers_to_round(loaded.model), torch.device("cpu"), None)
     tokens = calibration.draw(documents, text_encoder(loaded.tokenizer, options), loaded.model, say)
+    return hessian_of(source, tokens, progress=progress, say=say)
+
+
+def hessian_of(source: Source, tokens: Tensor, *, progress: Progress = silent, say: Say = silent) -> Tensor:
+    """`head_hessian` of an opened model and sequences (num_sequences, seq_len)."""
     step = SeeHead()
     run_start(source, [step], CalibrationText(tokens), progress=progress, say=say)
     assert step.hessian is not None

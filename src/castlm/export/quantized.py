@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from safetensors import safe_open
@@ -27,7 +27,7 @@ from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import has_own_code, left_dense_reason, read_facts
 from castlm.export.gguf import check_layers, write_gguf
-from castlm.export.head import CalibrationOptions
+from castlm.export.head import CalibrationOptions, hessian_of
 from castlm.export.hf import export_blocks, export_model
 from castlm.export.origin import origin_of
 from castlm.export.packed import groups_of, naming_instead, pack_into
@@ -39,7 +39,7 @@ from castlm.models.architecture import is_vision_language, move_
 from castlm.models.gguf import GgufWeights
 from castlm.models.io import Loaded, config_hash, load_model, open_config, save_dtype, tokenizer_hash
 from castlm.models.stored_layout import StoredLayout
-from castlm.oneshot.folder import begun_work, block_file, remove_work
+from castlm.oneshot.folder import begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.steps.round import (
     CODES,
@@ -55,6 +55,19 @@ from castlm.say import Progress, Say, silent
 from castlm_runtime.formats import FORMATS
 
 
+class Train(Protocol):
+    """Trains the scales of a rounded model; `castlm.training.scales` does, which this room may not import."""
+
+    @property
+    def steps(self) -> int: ...
+
+    def __call__(self, rounded: Path, run: Path) -> tuple[PreTrainedModel, dict[str, Rounded]]:
+        """The model in the folder `rounded` with trained scales, and its codes and scales by layer.
+
+        `run` is a folder for checkpoints, from which the same call continues.
+        """
+
+
 @torch.no_grad()
 def quantize_folder(
     name: str,
@@ -67,6 +80,7 @@ def quantize_folder(
     gguf: bool = False,
     head: str | None = None,
     damping: float = 0.01,
+    train: Train | None = None,
     options: TextOptions = DEFAULTS,
     dtype: str = "source",
     device: str = "cpu",
@@ -90,6 +104,7 @@ def quantize_folder(
         gguf: write a GGUF file, as `castlm.export.gguf`, from the GGUF file `name`.
         head: with `packed`, as of `pack_folder`. A calibration text serves int6 and int4 too.
         damping: int4, int3: fraction of the mean diagonal to add to the Hessian.
+        train: int4, int3: trains the scales of the rounded model, which is then in memory whole.
         options: how the calibration text is read; a chat template is also saved.
         dtype: "bf16", "fp16" or "fp32", the dtype of a plain folder; "source" is the dtype of the stored model.
         overwrite: replace an earlier result in `folder`, and begin again if an unfinished one has other options or is
@@ -142,6 +157,8 @@ def quantize_folder(
         return_freed_memory()
         loaded, checkpoint = sharded
     model, kept_dtype = loaded.model, save_dtype(dtype, loaded.dtype)
+    # in fp32 a product of code and scale is exact, from which the training takes both again
+    rounded_dtype = kept_dtype if train is None else torch.float32
     tokenizer_sha256 = tokenizer_hash(loaded.tokenizer)  # before `options` give it another template
     encoder = text_encoder(loaded.tokenizer, options)
     left_dense: dict[str, str] = {}
@@ -161,20 +178,29 @@ def quantize_folder(
     if documents is not None and calibration is not None:
         tokens = calibration.draw(documents, encoder, model, say)
         text = calibration.record(documents)
-    see_head = SeeHead() if packed and tokens is not None and (head is None or head_reads) else None
+    sees_head = packed and tokens is not None and (head is None or head_reads)
+    see_head = SeeHead() if sees_head and train is None else None
     if checkpoint is None:
         step = Round(kind, damping, "memory" if packed else "none")
-        rounded = _rounded_whole(loaded, step, see_head, tokens, device, progress)
+        rounded = _rounded_whole(loaded, step, see_head, tokens, device, progress, None if train is None else folder)
     else:
-        step = Round(kind, damping, "blocks" if packed or gguf else "none")
+        step = Round(kind, damping, "blocks" if (packed or gguf) and train is None else "none")
         weights = checkpoint.fingerprint(World(0, 1, torch.device(device), None))
         known = {"model": loaded.source, "weights": weights, "config": config_hash(model.config)}
         known |= {"tokenizer": tokenizer_sha256, **text}
         rounded = _rounded_by_block(
-            loaded, checkpoint, kept_dtype, step, see_head, tokens, device, progress, folder, known, overwrite, say
+            loaded, checkpoint, rounded_dtype, step, see_head, tokens, device, progress, folder, known, overwrite, say
         )
     origin = origin_of(name)
-    with rounded as (report, write, integers, hessian):
+    with contextlib.ExitStack() as stack:
+        result = stack.enter_context(rounded)
+        if train is not None:
+            unseen = {"pattern": pattern, "left_dense": left_dense, "record": Facts(pattern=None, left_dense={})}
+            write_rounded = functools.partial(result.write, **unseen, dtype=rounded_dtype)
+            read_head = tokens if sees_head else None
+            trained = _with_trained_scales(result, write_rounded, train, folder, loaded, read_head, progress)
+            result = stack.enter_context(trained)
+        report, write, integers, hessian = result
         if of_file is not None:
             write_gguf(of_file, integers(), folder, say)
             return report
@@ -182,7 +208,7 @@ def quantize_folder(
             facts,  # their `earlier` and their own step stay: `quantized` is a step after it
             base_model=origin.base_model,
             license=origin.license,
-            quantized=replace(report.facts(), source=name, **text),
+            quantized=replace(report.facts(), source=name, **text, train_steps=None if train is None else train.steps),
             pattern=None if pattern is None else str(pattern),
             # no longer true
             packed=None,
@@ -227,17 +253,67 @@ class _Result(NamedTuple):
 
 
 @contextlib.contextmanager
-def _rounded_whole(
-    loaded: Loaded, step: Round, see_head: SeeHead | None, tokens: Tensor | None, device: str, progress: Progress
+def _with_trained_scales(
+    rounded: _Result,
+    write: Callable[..., Facts],
+    train: Train,
+    folder: Path,
+    loaded: Loaded,
+    read_head: Tensor | None,
+    progress: Progress,
 ) -> Iterator[_Result]:
-    """Rounds the layers of a model in memory."""
+    """Trains the scales of a rounded model; its checkpoints stay until the context ends without error.
+
+    Args:
+        write: writes the rounded model as a plain folder.
+        folder: the output, whose `partial_folder` is begun.
+        read_head: sequences for the Hessian of the output head's input.
+    """
+    plain, run = (partial_folder(folder) / name for name in ("rounded", "scales"))
+    shutil.rmtree(plain, ignore_errors=True)
+    write(plain, overwrite=False)
+    model, layers = train(plain, run)
+    hessian = None
+    if read_head is not None:
+        hessian = hessian_of(MemoryModel(model, layers_to_round(model)), read_head, progress=progress)
+    write_trained = functools.partial(export_model, model, loaded.tokenizer)
+    yield _Result(rounded.report, write_trained, lambda: stored_layers(model, layers), hessian)
+    for done in (plain, run):
+        shutil.rmtree(done)
+
+
+@contextlib.contextmanager
+def _rounded_whole(
+    loaded: Loaded,
+    step: Round,
+    see_head: SeeHead | None,
+    tokens: Tensor | None,
+    device: str,
+    progress: Progress,
+    folder: Path | None,
+) -> Iterator[_Result]:
+    """Rounds the layers of a model in memory.
+
+    Args:
+        folder: the output, whose `partial_folder` is begun and stays until the context ends without error; or None.
+    """
+    with contextlib.ExitStack() as stack:
+        work = None if folder is None else stack.enter_context(begun_work(folder))
+        yield _round_whole(loaded, step, see_head, tokens, device, progress)
+        if work is not None:
+            remove_work(work)
+
+
+def _round_whole(
+    loaded: Loaded, step: Round, see_head: SeeHead | None, tokens: Tensor | None, device: str, progress: Progress
+) -> _Result:
     model = loaded.model
     move_(model, device)
     source, then = MemoryModel(model, layers_to_round(model)), [see_head] if see_head else []
     report = round_blocks(source, step, tokens, then=then, progress=progress)
     move_(model, "cpu")
     write = functools.partial(export_model, model, loaded.tokenizer)
-    yield _Result(
+    return _Result(
         report, write, lambda: stored_layers(model, report.layers), None if see_head is None else see_head.hessian
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError, check_finite
-from castlm.core.rounding import best_scale, in_groups
+from castlm.core.rounding import best_scale, grid_scale, in_groups
 from castlm.dtypes import STORED
 from castlm_runtime.formats import FORMATS
 
@@ -160,31 +160,19 @@ def round_in_groups_holds(rows: int, columns: int) -> int:
 def on_grid(weight: Tensor, kind: str) -> Rounded:
     """The codes and scales of a weight that was trained with rounding to `kind`; see `castlm.core.rounding`.
 
-    The scale of a group is its largest magnitude divided by a code, up to the rounding of the stored weights.
-
     Args:
         weight: (rows, columns) in bf16, fp16 or fp32, whose values are codes times scales in this dtype.
 
     Raises:
         InputError: a group that is no whole multiple of a scale.
     """
-    groups = in_groups(weight, FORMATS[kind].group)  # (rows, groups, 64)
-    exact, (low, high) = groups.float(), _range(kind)
-    extreme = exact.gather(-1, exact.abs().argmax(-1, keepdim=True))
-    scales, found = torch.ones_like(extreme), extreme == 0
-    for end in range(1, -low + 1):
-        nearest = (extreme / -end).bfloat16()  # negative for the code -8 or -4, whose opposite does not exist
-        for step in (0, -1, 1):  # the stored end is rounded too
-            scale = (nearest.view(torch.int16) + step).view(torch.bfloat16).float()
-            codes = (exact / scale).round_()
-            fits = (codes * scale).to(weight.dtype) == groups
-            fits &= (codes >= low) & (codes <= high)
-            is_new = fits.all(-1, keepdim=True) & ~found
-            scales, found = torch.where(is_new, scale, scales), found | is_new
-    if not bool(found.all()):
-        raise InputError(f"its weights are not codes of {kind} times scales, as castlm.json says: train it again")
-    codes = (exact / scales).round_().flatten(1)[:, : weight.shape[1]]
-    return Rounded(kind, codes.to(torch.int8).contiguous(), scales.squeeze(-1))
+    group = FORMATS[kind].group
+    try:
+        scales = grid_scale(weight, _range(kind), group)
+    except InputError as error:
+        raise InputError(f"{error} of {kind}, as castlm.json says: train it again") from error
+    codes = (in_groups(weight, group).float() / scales.unsqueeze(-1)).round_().flatten(1)[:, : weight.shape[1]]
+    return Rounded(kind, codes.to(torch.int8).contiguous(), scales)
 
 
 def _range(kind: str) -> tuple[int, int]:

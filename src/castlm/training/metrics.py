@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -27,7 +27,6 @@ HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
 
 
-@torch.no_grad()
 def held_out_perplexity(
     objective: Objective, text: ScoredText, seq_len: int, batch: int, precision: str, world: World
 ) -> float:
@@ -39,16 +38,38 @@ def held_out_perplexity(
     Args:
         batch: sequences per rank and forward pass.
     """
+    return float(_mean_loss("ce", objective, text, seq_len, batch, precision, world).exp())
+
+
+def held_out_kl(
+    objective: Objective, text: ScoredText, seq_len: int, batch: int, precision: str, world: World
+) -> float:
+    """The KL divergence from the teacher to the student, of a token; see `held_out_perplexity`."""
+    return float(_mean_loss("kl", objective, text, seq_len, batch, precision, world))
+
+
+@torch.no_grad()
+def _mean_loss(
+    part: Literal["ce", "kl"],
+    objective: Objective,
+    text: ScoredText,
+    seq_len: int,
+    batch: int,
+    precision: str,
+    world: World,
+) -> Tensor:
+    """The mean of a part of the loss over the tokens that count."""
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):
         for tensors in sequences(text, seq_len, batch, world):
             on_device = {name: tensor.to(world.device) for name, tensor in tensors.items()}
-            nll = objective(num_tokens=1, ce_only=True, **on_device).ce
-            sums += torch.stack([nll.double(), (on_device["labels"] != -100).sum().double()])
+            loss: Tensor = getattr(objective(num_tokens=1, ce_only=part == "ce", **on_device), part)
+            sums += torch.stack([loss.double(), (on_device["labels"] != -100).sum().double()])
     reshard_(objective)  # FSDP leaves the parameters of the root whole after a forward pass
     total, count = world.sum(sums)
-    return float((total / count).exp())
+    mean: Tensor = total / count
+    return mean
 
 
 def sequences(text: ScoredText, seq_len: int, batch: int, world: World) -> Iterator[dict[str, Tensor]]:

@@ -45,7 +45,7 @@ from castlm.hardware import (
     peak_memory,
     why_slow,
 )
-from castlm.methods.base import class_of
+from castlm.methods.base import Retraining, class_of
 from castlm.methods.options import schedule
 from castlm.models.architecture import vocab_size
 from castlm.oneshot.draw import Draw
@@ -91,6 +91,7 @@ class Trainer:
         config: a config whose `lam` and `learning_rate` are numbers.
         start_beside: the output folder beside which the start leaves its finished blocks; by default that of `config`.
         indexes: the places of the documents in .jsonl files that have been opened; by default, no file has.
+        method_class: the class that trains; by default that of the options `method` and `adapter`.
 
     Attributes:
         dense: the dense model as it was opened; `model` is the one that is trained.
@@ -121,13 +122,14 @@ class Trainer:
         *,
         start_beside: CheckpointOptions | None = None,
         indexes: LineIndexes | None = None,
+        method_class: type[Retraining] | None = None,
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(config.checkpoint.output_dir)
         self.step = self.first_step = self.tokens = 0
         self.seconds = self._eval_seconds = self._save_seconds = 0.0
         self.figures: dict[str, dict[str, float]] = {}
         self._new_arithmetic: list[str] = []
-        self._method_class = class_of(config.method.method, config.adapter.adapter)
+        self._method_class = method_class or class_of(config.method.method, config.adapter.adapter)
         start_beside = start_beside or config.checkpoint
 
         self._check(user_path(start_beside.output_dir))
