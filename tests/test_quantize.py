@@ -515,6 +515,17 @@ def test_pack_with_a_calibration_text_rounds_the_head_by_it_and_the_embedding_to
     assert torch.equal(by_text["lm_head.scales"].float(), rounded.scales)
 
 
+@pytest.mark.parametrize("kind", ["int4", slow("int3")])
+def test_pack_stores_the_codes_of_a_plain_folder_that_quantize_wrote(kind, llama, text, tmp_path):
+    read = ("--calibration", text, "--calibration-sequences", "4", "--seq-len", "32")
+    assert main(["quantize", str(llama), "--kind", kind, *read, "--output-dir", str(tmp_path / "plain")]) == 0
+    assert main(["pack", str(tmp_path / "plain"), "--output-dir", str(tmp_path / "packed"), "--head", "source"]) == 0
+    specs = read_specs(read_header(tmp_path / "packed" / "castlm.safetensors"))
+    assert {spec.values for spec in specs.values()} == {kind}
+    unpack_folder(str(tmp_path / "packed"), tmp_path / "again")
+    assert_equal_weights(tmp_path / "plain", tmp_path / "again")
+
+
 @pytest.mark.parametrize(
     ("options", "named"),
     [

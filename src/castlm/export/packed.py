@@ -146,8 +146,9 @@ def pack_folder(
     """Writes the n:m or dense model in `source` to `folder` in the packed format, and verifies what was written.
 
     Every linear layer inside the transformer blocks is packed: as n:m, or as a dense matrix if castlm.json lists it as
-    left dense or the whole model is dense. The other tensors are copied. Each packed tensor of floats is unpacked again
-    and compared before it is written. What was written is loaded in a fresh process.
+    left dense or the whole model is dense. Layers that were rounded to int4 or int3, in training or by `quantize`, are
+    stored as codes and scales. The other tensors are copied. Each packed tensor of floats is unpacked again and
+    compared before it is written. What was written is loaded in a fresh process.
 
     Args:
         source: a model folder in safetensors (the result has as many files); or a hub id, a GGUF file or "demo".
@@ -337,7 +338,7 @@ def _specs(
     copied: its name is in the second result.
     """
     facts = read_facts(source)
-    left_dense, trained = facts.left_dense, facts.rounded.kind if facts.rounded else None
+    left_dense, grid = facts.left_dense, None if integers else _grid_of(facts)
     specs: dict[str, PackedSpec] = {}
     copied: list[str] = []
     owners = owners_of_experts(use.parameter for use in uses.values())
@@ -355,11 +356,19 @@ def _specs(
         n, m = (groups.n, groups.m) if groups else (0, 0)
         spec = PackedSpec.of_stored(tensor.shape, use.axis, n, m, values="")
         rounded = integers.get(spec.stem(name))
-        # Codes that `quantize` hands over, then the rounding that the model was trained with, then the dtype.
-        specs[name] = replace(spec, values=rounded.kind if rounded else trained or dtype or str(_float_name(tensor)))
+        # Codes that `quantize` hands over, then those that the weights are multiples of, then the dtype.
+        specs[name] = replace(spec, values=rounded.kind if rounded else grid or dtype or str(_float_name(tensor)))
     if not specs:
         raise InputError(f"{source} has no linear layer inside transformer blocks to pack")
     return specs, copied
+
+
+def _grid_of(facts: Facts) -> str | None:
+    """int4 or int3 where the weights are codes times scales of groups: rounded in training, or by `quantize`."""
+    if facts.rounded is not None:
+        return facts.rounded.kind
+    form = FORMATS.get(facts.quantized.kind) if facts.quantized is not None else None
+    return form.name if form is not None and form.group else None
 
 
 def _float_name(tensor: StoredTensor) -> str | None:

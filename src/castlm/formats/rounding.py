@@ -158,7 +158,7 @@ def round_in_groups_holds(rows: int, columns: int) -> int:
 
 
 def on_grid(weight: Tensor, kind: str) -> Rounded:
-    """The codes and scales of a weight that was trained with rounding to `kind`; see `castlm.core.rounding`.
+    """The codes and scales of a weight that is rounded to `kind` already; see `castlm.core.rounding`.
 
     Args:
         weight: (rows, columns) in bf16, fp16 or fp32, whose values are codes times scales in this dtype.
@@ -170,7 +170,7 @@ def on_grid(weight: Tensor, kind: str) -> Rounded:
     try:
         scales = grid_scale(weight, _range(kind), group)
     except InputError as error:
-        raise InputError(f"{error} of {kind}, as castlm.json says: train it again") from error
+        raise InputError(f"{error} of {kind}, as castlm.json says: make the model again") from error
     codes = (in_groups(weight, group).float() / scales.unsqueeze(-1)).round_().flatten(1)[:, : weight.shape[1]]
     return Rounded(kind, codes.to(torch.int8).contiguous(), scales)
 
