@@ -4,11 +4,14 @@
     python -m benchmarks.bits --model demo --text TEXT --eval-text HELD_OUT --output-dir DIR --seeds 1 --first-seed 1 \\
       --steps 100 --seq-len 512 --batch 1 --eval-tokens 8192 --rate 3e-4 --dense-rate 1e-4 --cells dense/4 32:64/4
 
-Both ways are castlm's own commands, with the same steps, teacher and loss. They end in a packed folder for each head,
+All ways are castlm's own commands, with the same steps, teacher and loss. They end in a packed folder for each head,
 which `castlm eval` measures:
 
 - train, then round: `castlm train`, then `castlm quantize --packed`, by GPTQ and coordinate descent;
-- trained rounding: `castlm train --weight-bits`, then `castlm pack`.
+- trained rounding: `castlm train --weight-bits`, then `castlm pack`;
+- train, round, train scales: `castlm train`, then `castlm quantize --train-steps` then `castlm pack`.
+
+`--steps 0` trains no weights: the first way is then the start or the dense model, rounded.
 
 DIR keeps the start of each pattern, every run, and the rows in rows.json, each at once. The same command goes on where
 it was stopped: a finished part is not made again, and a run resumes bit for bit.
@@ -19,7 +22,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ from castlm_runtime.formats import FORMATS
 from castlm_runtime.packed import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
-WAYS = ("train, then round", "trained rounding")
+WAYS = ("train, then round", "trained rounding", "train, round, train scales")
 SAVES = 4
 """Checkpoints of a run, from which it resumes."""
 
@@ -57,7 +59,9 @@ def start_of(args: argparse.Namespace, pattern: str, seed: int) -> Path:
 
 
 def run_of(args: argparse.Namespace, pattern: str, bits: int | None, seed: int) -> Path:
-    """The run with trained rounding to `bits`, or without rounding."""
+    """The run with trained rounding to `bits`, or without rounding; without steps, its start."""
+    if not args.steps:
+        return Path(args.model) if pattern == "dense" else start_of(args, pattern, seed)
     folder = args.output_dir / f"{_name(pattern)}-{f'int{bits}' if bits else 'unrounded'}-seed{seed}"
     if pattern == "dense":
         method = {"method": "dense", "learning-rate": args.rate if bits else args.dense_rate}
@@ -77,25 +81,34 @@ def run_of(args: argparse.Namespace, pattern: str, bits: int | None, seed: int) 
     return folder
 
 
+def scaled(args: argparse.Namespace, run: Path, pattern: str, bits: int, seed: int) -> Path:
+    """The model of a run, rounded to `bits` and with trained scales."""
+    folder = args.output_dir / f"{_name(pattern)}-int{bits}-scales-seed{seed}"
+    if not folder.exists():
+        text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
+        _run("quantize", run, output_dir=folder, kind=f"int{bits}", train_steps=args.scale_steps, **text)
+    return folder
+
+
 def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str, head: str) -> Row:
     """One row: the perplexity of a run as trained, and that of its packed folder, with its bytes."""
-    is_trained = way == WAYS[1]
-    run = run_of(args, pattern, bits if is_trained else None, seed)
+    run = run_of(args, pattern, bits if way == WAYS[1] else None, seed)
     text = {"calibration": args.text, "calibration-sequences": args.calibration, "seq-len": args.seq_len}
     with tempfile.TemporaryDirectory() as folder:
         packed, figures = Path(folder) / "packed", Path(folder) / "figures.json"
-        if is_trained:
+        if way != WAYS[0]:
+            source = run if way == WAYS[1] else scaled(args, run, pattern, bits, seed)
             reads = head != "source" and FORMATS[head].reads_text
-            _run("pack", run, output_dir=packed, head=head, **(text if reads else {}))
+            _run("pack", source, output_dir=packed, head=head, **(text if reads else {}))
         else:
             _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", head=head, **text)
         measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
         _run("eval", packed, text=args.eval_text, json=figures, **measured)
         found = json.loads(figures.read_text())["perplexity"]
         num_bytes = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
-    facts = Facts.read(run / "model")
+    as_trained = Facts.read(run / "model").perplexity.final if args.steps else None
     key = {"pattern": pattern, "bits": bits, "seed": seed, "way": way, "head": head}
-    return {**key, "as_trained": facts.perplexity.final, "perplexity": found, "mb": num_bytes / 1e6}
+    return {**key, "as_trained": as_trained, "perplexity": found, "mb": num_bytes / 1e6}
 
 
 def _name(pattern: str) -> str:
@@ -109,18 +122,15 @@ def _run(command: str, *arguments: object, **options: object) -> None:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown; perplexities of the seeds, and the gain of their means."""
-    lines = ["| weights | bits a weight | MB | unrounded | train, then round | trained rounding | gain |"]
-    lines.append("|---|" + "---:|" * 6)
+    """Markdown; perplexities of the seeds."""
+    lines = [f"| weights | bits a weight | MB | unrounded | {' | '.join(WAYS)} |", "|---|" + "---:|" * 6]
     for pattern, bits, head in dict.fromkeys((row["pattern"], row["bits"], row["head"]) for row in rows):
         of_weights = [r for r in rows if (r["pattern"], r["bits"], r["head"]) == (pattern, bits, head)]
-        after, trained = ([r for r in of_weights if r["way"] == way] for way in WAYS)
         name = f"{pattern} int{bits}, {head} head"
         shown = [name, f"{bits_per_weight(pattern, bits):.2f}", f"{of_weights[0]['mb']:.1f}"]
-        shown += [", ".join(f"{r['as_trained']:.2f}" for r in after)]
-        shown += [", ".join(f"{r['perplexity']:.2f}" for r in found) for found in (after, trained)]
-        means = [statistics.mean(r["perplexity"] for r in found) if found else None for found in (after, trained)]
-        shown += [f"{1 - means[1] / means[0]:.1%}" if means[0] and means[1] else ""]
+        before = [r["as_trained"] for r in of_weights if r["way"] == WAYS[0] and r["as_trained"] is not None]
+        by_way = [[r["perplexity"] for r in of_weights if r["way"] == way] for way in WAYS]
+        shown += [", ".join(f"{perplexity:.2f}" for perplexity in found) for found in (before, *by_way)]
         lines.append(f"| {' | '.join(shown)} |")
     return "\n".join(lines)
 
@@ -131,6 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output-dir", type=Path, required=True)
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--scale-steps", type=int, default=100, help="of the scales alone")
     parser.add_argument("--eval-tokens", type=int, default=0)
     parser.add_argument("--calibration", type=int, default=128, help="sequences, for rounding and heads")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of n:m and of rounded weights")
