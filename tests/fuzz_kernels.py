@@ -2,9 +2,9 @@
 
     python -m tests.fuzz_kernels [--minutes 10] [--kernels engine]
 
-Training, the start, weights, the engine and the sampler have so many minutes each. Their kernels are called as castlm
-calls them, through its modules and ctypes, and the results are compared with torch's. Before each search, one call that
-reads past a buffer shows that the sanitizer would have stopped it. Not collected by pytest.
+Each search has so many minutes. It calls the kernels as castlm does, through its modules and ctypes, and compares the
+results with torch's. Before each search, one call that reads past a buffer shows that the sanitizer would have stopped
+it. Not collected by pytest.
 """
 
 import argparse
@@ -238,6 +238,67 @@ def search_engine(library: Path, seconds: float) -> None:
     print(f"{count:,} random models", flush=True)
 
 
+def search_families(library: Path, seconds: float) -> None:
+    """Reads random sequences by random models of every family, and compares their logits with those of transformers."""
+    import numpy as np
+    import torch
+
+    from castlm.packed import native
+    from castlm_runtime.families import FAMILIES
+    from castlm_runtime.model import Cache, Part
+    from tests.engine_model import BLOCK, ERRORS, ids_of
+    from tests.packed_weights import DENSE_ONLY, PATTERNS, packed_in_engine
+    from tests.tiny import tiny_model
+
+    use_runtime(library)
+    count, until = 0, time.monotonic() + seconds
+    while time.monotonic() < until:
+        level, kind, family = random.choice(native.levels()), random.choice([*ERRORS]), random.choice([*FAMILIES])
+        experts = FAMILIES[family].experts
+        sizes = {"hidden_size": 32 * random.randint(1, 6), "num_hidden_layers": random.randint(1, 3)}
+        sizes["intermediate_size"] = 8 * random.randint(1, 30)
+        if experts:
+            number = random.randint(1, 9)
+            sizes |= {
+                "num_experts_per_tok": random.randint(1, number),
+                experts.intermediate_key: 8 * random.randint(1, 20),
+            }
+            sizes["num_experts" if family in ("qwen3_moe", "olmoe") else "num_local_experts"] = number
+        values = random.choice(["fp32", "bf16", "fp16", "int8", "int4", "int6", "int3"])
+        n, m = (0, 0) if values in DENSE_ONLY else random.choice([(n, m) for n, m in PATTERNS if m == 0 or 8 % m == 0])
+        native.use_level(level)
+        model = tiny_model(family, max_position_embeddings=512, **sizes)
+        engine = packed_in_engine(model, values, n, m)
+        texts = [ids_of(random.choice([random.randint(1, 9), random.randint(1, 300)])) for _ in range(3)]
+        with torch.inference_mode():
+            exact = [model(text[None]).logits[0] for text in texts]
+        cache, read = Cache(engine, kind, 16), [0] * len(texts)
+        numbers = random.sample(range(16), 15)
+        errors = []
+        while left := [row for row, text in enumerate(texts) if read[row] < len(text)]:
+            parts, ends = [], []
+            for row in random.sample(left, random.randint(1, len(left))):
+                length = random.choice([1, random.randint(1, 6), random.randint(1, 300)])
+                part, position = texts[row][read[row] : read[row] + length].tolist(), read[row]
+                blocks = numbers[5 * row : 5 * row + -(-(position + len(part)) // BLOCK)]
+                parts.append(Part(part, position, blocks, np.empty(engine.vocabulary, np.float32)))
+                read[row] += len(part)
+                ends.append((row, read[row] - 1))
+            engine.threads = random.randint(1, 8)
+            engine.forward(cache, parts)
+            for part, (row, end) in zip(parts, ends):
+                found = torch.from_numpy(part.logits)
+                assert found.isfinite().all(), (family, sizes, values, n, m, level)
+                errors.append(float((found - exact[row][end]).norm() / exact[row][end].norm()))
+        # Rounded activations change single logits much, and choose another one of two experts that are nearly equal.
+        if kind == "fp32" and values in ("fp32", "bf16", "fp16"):
+            error = float(np.median(errors)) if experts else max(errors)
+            assert error < 1e-3, (family, sizes, values, n, m, level, errors)
+        cache.close()
+        count += 1
+    print(f"{count:,} random models of {len(FAMILIES)} families", flush=True)
+
+
 def overrun_sampler(library: Path) -> None:
     """Says that a row has more logits than there are: the sanitizer has to end the process."""
     from castlm_runtime.sampler import Chooser, Sampling
@@ -311,6 +372,7 @@ KERNELS = {
     "start": (PACKAGE / "oneshot", overrun_start, search_start),
     "weights": (RUNTIME, overrun_weights, search_weights),
     "engine": (RUNTIME, overrun_engine, search_engine),
+    "families": (RUNTIME, overrun_engine, search_families),
     "sampler": (RUNTIME, overrun_sampler, search_sampler),
 }
 

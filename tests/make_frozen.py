@@ -1,15 +1,19 @@
 """Writes the frozen packed folders of runtime/tests: python -m tests.make_frozen FOLDER.
 
 They were made once and are never made again: castlm-runtime must read them as long as it reads their format. Each has a
-tiny LLaMA in one format, `ids.json`, and `logits.safetensors`, its logits by dense layers in fp32.
+tiny model in one format, `ids.json`, and `logits.safetensors`, its logits by dense layers in fp32. Most are LLaMA; two
+have experts, Qwen3-MoE one by one, and Mixtral stacked as transformers has them in memory.
 """
 
 import json
 import sys
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from castlm.core.nm import NM
 from castlm.dtypes import FLOATS
@@ -30,6 +34,7 @@ CASES = {
     "int4-dense": ("int4", 0, 0),
     "int6-head": ("int4", 32, 64),
 }
+EXPERTS = {"int4-experts": ("qwen3_moe", "int4", 2, 4), "bf16-experts": ("mixtral", "bf16", 2, 4)}
 IDS = [5, 80, 200, 13, 99, 100, 7, 31, 64, 2, 250, 17]
 
 
@@ -45,13 +50,29 @@ def rounded(weight: torch.Tensor, kind: str) -> tuple[torch.Tensor, torch.Tensor
     return codes.view_as(weight).to(torch.int8), scales
 
 
+def stored_views(name: str, parameter: Tensor, family: str) -> Iterator[tuple[str, int, Tensor]]:
+    """The stored tensors of a parameter: (name, experts in it, its values, which may be written)."""
+    if parameter.dim() < 3:
+        yield name, 0, parameter
+    elif family == "mixtral":
+        yield name, len(parameter), parameter.view(-1, parameter.shape[2])
+    else:
+        at, _, projection = name.rpartition(".")
+        parts = ("gate_proj", "up_proj") if projection == "gate_up_proj" else (projection,)
+        for e, expert in enumerate(parameter):
+            for part, weight in zip(parts, expert.chunk(len(parts))):
+                yield f"{at}.{e}.{part}.weight", 0, weight
+
+
 @torch.no_grad()
-def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
-    model = tiny_model("llama", hidden_size=64, intermediate_size=64, head_dim=16, num_hidden_layers=1)
+def freeze(folder: Path, values: str, n: int, m: int, head: str, family: str = "llama") -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16, "num_hidden_layers": 1}
+    model = tiny_model(family, **sizes | ({"moe_intermediate_size": 64} if family == "qwen3_moe" else {}))
     stored, specs = {}, {}
-    for name, parameter in model.named_parameters():
+    views = (view for name, parameter in model.named_parameters() for view in stored_views(name, parameter, family))
+    for name, experts, parameter in views:
         stem = name.removesuffix(".weight")
-        is_layer = ".layers." in name and parameter.dim() == 2
+        is_layer = ".layers." in name and parameter.dim() == 2 and not name.endswith("mlp.gate.weight")
         if not is_layer and not name.startswith(("model.embed_tokens", "lm_head")):
             stored[name] = parameter.to(torch.bfloat16)
             parameter.copy_(stored[name])
@@ -64,7 +85,7 @@ def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
             packed = pack_integers(codes, scales, kind, *((n, m) if is_layer else (0, 0)))
         else:
             packed = pack(cast_weight(weight, FLOATS[kind]), n, m)
-        specs[stem] = packed.spec
+        specs[stem] = replace(packed.spec, experts=experts)
         stored |= {f"{stem}.{suffix}": tensor.contiguous() for suffix, tensor in packed.tensors().items()}
         parameter.copy_(unpack(packed, torch.float32))
     folder.mkdir(parents=True)
@@ -74,8 +95,9 @@ def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
         *("architectures", "model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"),
         *("num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings", "rms_norm_eps"),
         *("hidden_act", "rope_parameters", "tie_word_embeddings", "bos_token_id", "eos_token_id"),
+        *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob"),
     )
-    config = {key: config[key] for key in kept} | {"architectures": ["LlamaForCausalLM"]}
+    config = {key: config[key] for key in kept if key in config} | {"architectures": [type(model).__name__]}
     config["quantization_config"] = {"quant_method": QUANT_METHOD, "weights": "castlm.safetensors"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "ids.json").write_text(json.dumps(IDS) + "\n")
@@ -86,3 +108,5 @@ def freeze(folder: Path, values: str, n: int, m: int, head: str) -> None:
 if __name__ == "__main__":
     for name, case in CASES.items():
         freeze(Path(sys.argv[1]) / name, *case, head="int6" if name == "int6-head" else "int8")
+    for name, (family, *form) in EXPERTS.items():
+        freeze(Path(sys.argv[1]) / name, *form, head="int8", family=family)

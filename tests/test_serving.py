@@ -104,7 +104,7 @@ def complete(engine: Engine, **body: object) -> httpx.Response:
     return ask(engine, ("POST", "/v1/completions", {"model": "tiny", "prompt": "Story", "temperature": 0} | body))[0]
 
 
-@pytest.mark.parametrize("family", ["packed", "llama", "gemma3_text", "phi3"])
+@pytest.mark.parametrize("family", ["packed", "llama", "gemma3_text", "phi3", "qwen3_moe", "gpt_neox"])
 def test_answers_are_those_of_generate(family):
     """Of models in memory, packed and plain."""
     if family == "packed":

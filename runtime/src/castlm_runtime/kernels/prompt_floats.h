@@ -51,7 +51,8 @@ INLINE Vector power_of_two(Vector x) {
   p = p * r + all(2.402264791e-1f);
   p = p * r + all(6.931472028e-1f);
   p = p * r + all(1.0f);
-  Integers bits, exponent;
+  typedef uint32_t Bits __attribute__((vector_size(sizeof(Vector))));  // they wrap where x is below -126
+  Bits bits, exponent;
   std::memcpy(&bits, &p, sizeof p);
   std::memcpy(&exponent, &shifted, sizeof p);
   bits += exponent << 23;
