@@ -16,10 +16,12 @@ from castlm.cli.command_line import check_json_path, result_folder, write_json
 from castlm.cli.main import COMMANDS, Command, main
 from castlm.cli.train import run_training
 from castlm.core.errors import DivergedError, InputError
+from castlm.export.verify import verify
 from castlm.facts import Facts, Verdict
 from castlm.files.atomic_file import atomic_write_json
 from castlm.progress import shown_progress
 from castlm.signals import Interrupted, resume_command
+from castlm_runtime.reading import user_path
 from tests.runs import prune_to
 from tests.slow import slow
 from tests.tiny import save_tiny
@@ -48,6 +50,15 @@ def test_a_run_is_found_where_the_shell_does_not_expand_its_home(tmp_path, monke
     assert result_folder("hub/name") == "hub/name"
     with pytest.raises(InputError, match="too long"):
         result_folder("x" * 5000)
+
+
+def test_the_home_of_a_user_without_one_is_not_made(tmp_path, monkeypatch):
+    """As that of `nobody`, whose home is /nonexistent: root could make it."""
+    monkeypatch.setenv("HOME", str(tmp_path / "nonexistent"))
+    with pytest.raises(InputError, match="nonexistent of '~/x' does not exist"):
+        user_path("~/x")
+    with pytest.raises(InputError, match="a path must be text, not the NoneType None"):
+        verify(None)
 
 
 def test_no_answer_holds_the_control_characters_of_a_name(tmp_path, capsys):

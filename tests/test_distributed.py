@@ -38,7 +38,7 @@ from castlm.export.verify import verify
 from castlm.files import output
 from castlm.models.io import load_model
 from castlm.signals import Interrupt, stopped_by_sigterm
-from castlm.training import checkpoint, finish, start
+from castlm.training import apart, checkpoint, finish, start
 from castlm.training import model as opening
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
@@ -346,6 +346,28 @@ def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp
     assert "rank 1" not in (own := Path(f"{log}.0").read_text())
     assert "two shapes that do not fit" in own
     assert "rank 0 (or one that it names) hangs or has ended" in Path(f"{log}.1").read_text()
+
+
+def train_without_memory(config: TrainConfig, rank: int) -> int:
+    """The memory of `rank` runs out where a run finds out how to keep documents apart."""
+    backbone = apart.backbone
+
+    def failing(model: PreTrainedModel) -> Any:
+        if os.environ["RANK"] == str(rank):
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+        return backbone(model)
+
+    apart.backbone = failing
+    return train_as_a_command(config)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_memory_that_runs_out_on_one_rank_ends_all(rank, gemma, text, tmp_path):
+    config = small(gemma, text, tmp_path / "run", 2, timeout_s=600)  # far longer than the test waits
+    codes = wait_ranks(start_ranks(train_without_memory, 2, config, rank, log=tmp_path / "log"), 60)
+    assert all(codes), said(tmp_path / "log", 2)
+    assert "memory" in Path(f"{tmp_path / 'log'}.{rank}").read_text()
 
 
 # ---------------------------------------------------------------------- the run checks itself

@@ -25,7 +25,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data import images as image_reader
-from castlm.data.calibration import calibration_sequences
+from castlm.data.calibration import CalibrationText, calibration_sequences
 from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.documents import Mixture, open_documents
 from castlm.data.extra import join_extra
@@ -311,6 +311,19 @@ def test_the_solver_sees_the_images(vlm, dataset):
     name = next(iter(layers))
     assert is_nm_sparse(loaded.model.get_submodule(name).weight)
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
+
+
+def test_the_record_of_a_calibration_text_has_its_images(vlm, dataset):
+    ids, images = calibration_sequences(open_documents(dataset), encoder_of(vlm), 4, 64)
+    record = CalibrationText(ids, images).record()
+    assert record == CalibrationText(ids, images).record()
+    assert CalibrationText(ids).record()["extras_sha256"] is None
+    for number, arguments in enumerate(images):
+        for name, value in arguments.items():
+            other = value.clone()
+            other.view(-1)[-1] += 1
+            changed = [*images[:number], {**arguments, name: other}, *images[number + 1 :]]
+            assert CalibrationText(ids, changed).record() != record
 
 
 @pytest.fixture(scope="module")

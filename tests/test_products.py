@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 from castlm.cli.main import main
 from castlm.core.blocks import in_block, is_router
@@ -36,9 +36,22 @@ def jetmoe() -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
 
 
-MODELS = {"dbrx": dbrx, "jetmoe": jetmoe}
+def step3p7() -> PreTrainedModel:
+    """A vision-language model whose first block has experts, and whose second has none."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "share_expert_dim": 16}
+    heads = {"num_key_value_heads": 2, "num_sliding_attention_heads": 4, "head_dim": 8, "sliding_window": 16}
+    text = {**SIZES, **experts, **heads, "intermediate_size": 64, "pad_token_id": 0, "moe_layers_enum": [0]}
+    tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = AutoConfig.for_model(
+        "step3p7", text_config=text, vision_config={**tower, "image_size": 16, "patch_size": 8}
+    )
+    return AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
+
+
+MODELS = {"dbrx": dbrx, "jetmoe": jetmoe, "step3p7": step3p7}
 OVER: dict[str, dict[str, Any]] = {
-    "llama4_text": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48}
+    "llama4_text": {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4, "intermediate_size_mlp": 48},
+    "longcat_flash": {"zero_expert_num": 0},  # experts without weights, for which the file has some that no pass reads
 }
 
 
@@ -90,8 +103,10 @@ def counted(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize(
     "family",
     [
-        *("gpt_oss", "dbrx", "jetmoe", "mixtral", "gpt2"),
-        *map(slow, ("phi3", "qwen2_moe", "aria_text", "granitemoe", "granitemoeshared", "llama4_text")),
+        *("gpt_oss", "dbrx", "jetmoe", "inkling_text", "step3p7", "mixtral", "gpt2"),
+        *map(
+            slow, ("phi3", "qwen2_moe", "aria_text", "granitemoe", "granitemoeshared", "llama4_text", "longcat_flash")
+        ),
         *map(slow, ("olmoe", "qwen3_moe", "glm4_moe", "opt", "gemma2")),
     ],
 )
@@ -106,9 +121,10 @@ def test_verify_counts_what_a_forward_pass_multiplies_by(family, tmp_path):
     assert sum(layer.num_violations for layer in report.layers) == sum(bad for _, bad in expected) > 0
 
 
-def test_no_entry_of_a_config_turns_the_axis(tmp_path):
+@pytest.mark.parametrize("family", ["mixtral", "step3p7"])
+def test_no_entry_of_a_config_turns_the_axis(family, tmp_path):
     """Nor a family that another entry names."""
-    random_model("mixtral").save_pretrained(tmp_path)
+    random_model(family).save_pretrained(tmp_path)
     before = verify(tmp_path).totals()
     edit_json(tmp_path / "config.json", note={"model_type": "gpt_oss"}, text={"model_type": "gpt2"})
     assert verify(tmp_path).totals() == before

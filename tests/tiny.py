@@ -97,6 +97,13 @@ _FAMILY: dict[str, dict[str, Any]] = {
         **{"num_key_value_heads": 1, "head_dim": 16, "o_groups": 2, "o_lora_rank": 16, "sliding_window": 16},
         **{"index_n_heads": 2, "index_head_dim": 8, "index_topk": 4},
     },
+    "inkling_text": _GROUPED
+    | {
+        **{"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": 16},
+        **{"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8, "sliding_window_size": 16},
+        **{"d_rel": 4, "rel_extent": 64},
+    },
+    "exaone": _GROUPED,
     "mamba": _STATES,
     "falcon_mamba": _STATES,
     "lara_mini": _EXPERTS
