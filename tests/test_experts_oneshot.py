@@ -90,6 +90,133 @@ def test_an_expert_with_few_tokens_is_calibrated_on_all(family):
     assert "calibrated on all tokens" in calibrated_on_all_note(report.calibrated_on_all)
 
 
+# ---- experts that are called in other ways
+
+
+OTHERS = ("dbrx", "jetmoe", "llama4_text", "longcat_flash")
+
+
+def watched_by_hand(family: str, ids: Tensor, **over) -> tuple[dict[str, list[Tensor]], Tensor]:
+    """The inputs of each expert of block 0, by the name of the layer, and all tokens, by transformers' code.
+
+    Of JetMoE, those of its experts of attention too.
+    """
+    plain, calls = tiny_model(family, **over), {}
+    block = plain.transformer.blocks[0] if family == "dbrx" else plain.model.layers[0]
+
+    if family == "jetmoe":
+        modules = {
+            f"{around}.{name}.weight": block.get_submodule(f"{around}.{name}")
+            for around in ("mlp", "self_attention.experts")
+            for name in ("input_linear", "output_linear")
+        }
+    else:
+        name = {"dbrx": "ffn.experts", "llama4_text": "feed_forward.experts"}.get(family, "mlp.experts")
+        experts = block.get_submodule(name)
+        modules = {name: experts}
+    for module in modules.values():
+        module.register_forward_pre_hook(lambda module, args: calls.setdefault(module, []).append(args))
+    with torch.no_grad():
+        plain(ids)
+        if family == "jetmoe":
+            found = {}
+            for layer, module in modules.items():
+                parts = [x.split(sizes) for x, sizes in calls[module]]
+                found[layer] = [torch.cat(of_expert) for of_expert in zip(*parts)]
+            return found, torch.empty(0)
+        if family == "llama4_text":
+            hidden = torch.cat([args[0].view(4, -1, args[0].shape[-1]) for args in calls[experts]], dim=1)
+            xs = [x[x.any(-1)] for x in hidden]
+            pairs = [(x @ weight).chunk(2, dim=-1) for x, weight in zip(xs, experts.gate_up_proj)]
+            neurons = [up * F.silu(gate) for gate, up in pairs]
+            return {f"{name}.gate_up_proj": xs, f"{name}.down_proj": neurons}, hidden.flatten(0, 1)
+        hidden = torch.cat([args[0].flatten(0, -2) for args in calls[experts]])
+        chosen = torch.cat([args[1] for args in calls[experts]])
+        xs = [hidden[(chosen == expert).any(1)] for expert in range(4)]
+        if family == "dbrx":
+            w1, v1 = (experts.mlp.get_parameter(which).view(4, -1, hidden.shape[-1]) for which in ("w1", "v1"))
+            neurons = [F.silu(x @ gate.T) * (x @ up.T) for x, gate, up in zip(xs, w1, v1)]
+            return {f"{name}.mlp.w1": xs, f"{name}.mlp.v1": xs, f"{name}.mlp.w2": neurons}, hidden
+        pairs = [(x @ weight.T).chunk(2, dim=-1) for x, weight in zip(xs, experts.gate_up_proj)]
+        return {f"{name}.gate_up_proj": xs, f"{name}.down_proj": [F.silu(g) * up for g, up in pairs]}, hidden
+
+
+def seen_experts(model, ids: Tensor) -> dict[str, RoutedInputs]:
+    """The inputs of the experts of block 0, by the name of the layer inside the block."""
+    layers, _ = sparse_linears(model)
+    inside = {name: layer for name, layer in layers.items() if name.split(".")[2] == "0"}
+    with torch.no_grad():
+        inputs = BlockInputs(model, block_stack(model, layers)[1], ids)
+        seen = see_inputs(inside, inputs, SOLVERS["sparsegpt"], len(ids))
+    assert {name for entry in seen for name in entry.names} == set(inside)
+    return {entry.names[0].partition(".0.")[2]: entry for entry in seen if isinstance(entry, RoutedInputs)}
+
+
+OVER: dict[str, dict[str, int]] = {"longcat_flash": {"zero_expert_num": 0}}
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_experts_of_any_construction_are_seen_with_their_tokens(family):
+    ids, over = calibration(16), OVER.get(family, {})
+    expected, _ = watched_by_hand(family, ids, **over)
+    seen = seen_experts(linear_model(family, **over), ids)
+    assert seen.keys() == expected.keys()
+    for layer, xs in expected.items():
+        for expert, x in enumerate(xs):
+            if len(x) < x.shape[-1]:
+                assert expert in seen[layer].few
+                continue
+            hessian = whole_hessian(seen[layer].experts[expert].statistic.clone())
+            torch.testing.assert_close(hessian, 2 / len(ids) * x.T @ x, rtol=1e-4, atol=1e-5)
+    assert sum(len(seen[layer].few) for layer in expected) < sum(map(len, expected.values())) / 2
+
+
+@pytest.mark.parametrize("family", ["dbrx", slow("longcat_flash")])
+def test_an_expert_of_any_construction_with_few_tokens_sees_all(family):
+    """Each as often as it is routed, to two experts."""
+    ids, over = calibration(1, 32), OVER.get(family, {})
+    model = linear_model(family, **over)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    expected, hidden = watched_by_hand(family, ids, **over)
+    seen = seen_experts(model, ids)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    up, *_, down = expected
+    assert seen[up].few
+    plain = tiny_model(family, **over)
+    for expert in seen[up].few:
+        hessian = whole_hessian(seen[up].experts[expert].statistic.clone())
+        torch.testing.assert_close(hessian, 2 * 2 / len(ids) * hidden.T @ hidden, rtol=1e-4, atol=1e-5)
+    for expert in seen[down].few:
+        if family == "dbrx":
+            mlp = plain.transformer.blocks[0].ffn.experts.mlp
+            w1, v1 = (getattr(mlp, which).detach().view(4, -1, hidden.shape[-1])[expert] for which in ("w1", "v1"))
+            neurons = F.silu(hidden @ w1.T) * (hidden @ v1.T)
+        else:
+            weight = plain.model.layers[0].mlp.experts.gate_up_proj[expert].detach()
+            gate, up_part = (hidden @ weight.T).chunk(2, dim=-1)
+            neurons = F.silu(gate) * up_part
+        hessian = whole_hessian(seen[down].experts[expert].statistic.clone())
+        torch.testing.assert_close(hessian, 2 * 2 / len(ids) * neurons.T @ neurons, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "precision"),
+    # DBRX's code in transformers does not run under autocast
+    [*((family, "fp32") for family in OTHERS), *(slow(family, "bf16") for family in OTHERS[1:])],
+)
+def test_every_solver_makes_experts_of_any_construction_sparse(family, precision):
+    errors = {}
+    for method in ("magnitude", "sparsegpt"):
+        model = linear_model(family)
+        report = prune_oneshot_(model, method, calibration=calibration(), precision=precision)
+        layers, _ = sparse_linears(model)
+        assert {result.name for result in report.layers} == set(layers)
+        assert all(is_nm_sparse(layer.weight) for layer in layers.values())
+        experts = [result.error for result in report.layers if layers[result.name].weight.dim() == 3]
+        errors[method] = sum(experts) / len(experts)
+    assert errors["sparsegpt"] < errors["magnitude"]
+
+
 @pytest.mark.parametrize("family", slow_but(("gpt_oss",), EXPERTS))
 def test_every_solver_makes_experts_sparse_and_more_knowledge_loses_less(family):
     errors = {}

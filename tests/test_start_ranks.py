@@ -99,8 +99,12 @@ def assert_same_start(one, other) -> None:
         slow("gpt2", {"reconstruct_epochs": 2, "rotate": "off"}),
         slow("qwen3_moe", {}),
         slow("gpt_oss", {"start_effort": "quick", "cross_document_attention": True}),
+        *(slow(family, {"start_effort": "quick"}) for family in ("dbrx", "jetmoe", "llama4_text", "longcat_flash")),
     ],
-    ids=["default", "dense values, quick", "reconstructed, transposed in its file", "experts", "experts, transposed"],
+    ids=[
+        *("default", "dense values, quick", "reconstructed, transposed in its file", "experts", "experts, transposed"),
+        *("DBRX", "JetMoE", "Llama 4", "LongCat"),
+    ],
 )
 def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(family, over, text, tmp_path):
     model = str(save_tiny(tmp_path / "dense", family))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +12,7 @@ from torch.nn.utils import parametrize
 from castlm.core.errors import InputError, check_finite
 from castlm.core.sparsify import SparseLayer
 from castlm.oneshot.layer_input import Accumulator, LayerInput
-from castlm.oneshot.routed import Routed, RoutedInputs, Seen, routed_in
+from castlm.oneshot.routed import RoutedInputs, Seen, routed_in
 from castlm.oneshot.walk import BlockInputs, StopForward
 
 
@@ -105,16 +104,10 @@ class _LayerHooks:
                 hooks.enter_context(
                     layer.register_forward_pre_hook(lambda _, args, name=name: self._before(name, args[0]))
                 )
-            for routed in self.routed:
-                hooks.enter_context(
-                    routed.module.register_forward_pre_hook(
-                        lambda _, args, kwargs, routed=routed: self._before_routed(routed, args, kwargs),
-                        with_kwargs=True,
-                    )
-                )
             for num_ranks, batches in self.inputs.division.turns():
                 for number in batches:
-                    self._run_batch(number, num_layers)
+                    for turn in range(max((routed.num_turns for routed in self.routed), default=1)):
+                        self._run_batch(number, turn, num_layers)
                     if self.accumulator is None and self.wanted <= self.found.keys():
                         return
                 if self.accumulator is not None:
@@ -122,14 +115,17 @@ class _LayerHooks:
                     for entry in entries_of(self.seen):
                         entry.end_part(self.inputs.division.ranks, self.accumulator, num_ranks)
 
-    def _run_batch(self, number: int, num_layers: int) -> None:
+    def _run_batch(self, number: int, turn: int, num_layers: int) -> None:
         self.num_calls = 0
-        with suppress(StopForward):
+        with suppress(StopForward), ExitStack() as hooks:
+            for routed in self.routed:
+                hooks.enter_context(routed.hooked(turn, self._find_experts, self._count))
             output = self.inputs.run(self.inputs[number], number)
-            if number == 0:
+            if number == 0 and self.collects_linear:
                 self.inputs.seen_outputs = output
         if self.last_call == 0:
-            all_called = self.num_calls == len(self.found) == num_layers  # not where a pass leaves experts out
+            # not where a pass leaves experts out, or where their products are watched to the end
+            all_called = self.num_calls == len(self.found) == num_layers
             self.last_call = self.num_calls if all_called else -1
         for seen in self.found.values():
             if isinstance(seen, LayerInput):
@@ -162,10 +158,8 @@ class _LayerHooks:
         for entry in entries_of(self.seen):
             entry.end(self.inputs.division.ranks, accumulator)
 
-    def _before_routed(self, routed: Routed, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.found |= {seen.names[0]: seen for seen in routed.inputs.values()}
-        routed.see(args, kwargs)
-        self._count(len(routed.inputs))
+    def _find_experts(self, seen: RoutedInputs) -> None:
+        self.found[seen.names[0]] = seen
 
     def _before(self, name: str, x: Tensor) -> None:
         if self.collects_linear:

@@ -3,16 +3,23 @@
 The statistic of an expert that gets fewer tokens than its input has columns is singular. Such an expert is calibrated
 on all tokens of the text, as if each were routed to it. The statistics of other experts could not replace its own: its
 down-projection reads its own neurons.
+
+`Routed` is for modules of experts as transformers' `use_experts_implementation` makes them, whose neurons are computed
+from their arguments. DBRX, JetMoE, Llama 4 and LongCat call their experts in other ways, each in its own. `Watched`
+finds their tokens in the products of a forward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, expert_layers
@@ -49,8 +56,77 @@ Seen = list[LayerInput | RoutedInputs]
 """The inputs of some layers of a block, in the order of the calls."""
 
 
-class Routed:
-    """Follows the tokens through a module of experts, on all batches twice: as they are routed, then with `see_all`.
+class _Experts:
+    """Follows the tokens through some experts, on all batches twice: as they are routed, then with `see_all`.
+
+    Attributes:
+        inputs: the inputs of the layers that are pruned.
+        num_turns: the passes that a batch needs in this round.
+    """
+
+    num_turns = 1
+
+    def __init__(self, inputs: Mapping[str, RoutedInputs], accumulator: Accumulator | None, num_sequences: int) -> None:
+        self.inputs, self.accumulator, self.num_sequences = inputs, accumulator, num_sequences
+
+    def hooked(self, turn: int, find: Find, count: Count) -> AbstractContextManager[Any]:
+        """Sees inputs inside the context, which is one pass over a batch.
+
+        Args:
+            turn: the number of the pass over this batch.
+            find: is called with the inputs of a layer that the pass has reached.
+            count: is called with a number of layers for which the pass need not go on.
+        """
+        raise NotImplementedError
+
+    def see_all(self, ranks: Ranks) -> bool:
+        """From now on, all tokens are seen by the experts that have seen too few; all ranks call it.
+
+        Returns:
+            Whether there are such experts. Their statistics are empty again.
+        """
+        raise NotImplementedError
+
+    def share(self, ranks: Ranks, device: torch.device) -> None:
+        """Gives every rank an input of each expert that has got tokens on any rank; all ranks call it after a turn.
+
+        Its sample is that of the first rank in the turn, which has the first of its tokens in the order of the text.
+        """
+        own = {
+            layer: {expert: entry.sample.shape for expert, entry in seen.experts.items()}
+            for layer, seen in self.inputs.items()
+        }
+        everywhere = ranks.gather(own, patient=True)
+        for layer, seen in self.inputs.items():
+            first: dict[int, tuple[int, torch.Size]] = {}
+            for rank, of_rank in enumerate(everywhere):
+                for expert, shape in of_rank[layer].items():
+                    first.setdefault(expert, (rank, shape))
+            for expert, (owner, shape) in sorted(first.items()):
+                if expert not in seen.experts:
+                    self._add(seen, expert, torch.zeros(shape, device=device))
+                entry = seen.experts[expert]
+                entry.fit_sample(shape)
+                if owner:  # in the end, all ranks get the samples of rank 0
+                    ranks.share_(entry.sample, owner)
+
+    def _see(self, seen: RoutedInputs, expert: int, x: Tensor) -> None:
+        """Adds x (tokens, in) to the statistic of an expert."""
+        if expert not in seen.experts:
+            self._add(seen, expert, x)
+        seen.experts[expert].add(x, self.accumulator, self.num_sequences)
+
+    def _add(self, seen: RoutedInputs, expert: int, x: Tensor) -> None:
+        seen.experts[expert] = LayerInput(x, self.accumulator)
+        seen.experts[expert].names.append(f"{seen.names[0]}.{expert}")
+
+
+Find = Callable[[RoutedInputs], None]
+Count = Callable[[int], None]
+
+
+class Routed(_Experts):
+    """Follows the tokens through a module of experts by its arguments.
 
     Args:
         experts: a module as transformers' `use_experts_implementation` makes it: called with hidden states (tokens,
@@ -60,30 +136,45 @@ class Routed:
 
     Attributes:
         module: the module of experts.
-        inputs: the inputs of these layers, by projection.
 
     Raises:
-        InputError: experts of another construction, or that compute their neurons otherwise than `_neurons`, so that
-            down-projections would be calibrated on wrong inputs.
+        InputError: experts that compute their neurons otherwise than `_neurons`, so that down-projections would be
+            calibrated on wrong inputs.
     """
 
     def __init__(
         self, experts: nn.Module, names: dict[str, str], accumulator: Accumulator | None, num_sequences: int
     ) -> None:
-        self.layers = expert_layers(experts)
-        gated = getattr(experts, "has_gate", None)
-        self.up = "gate_up_proj" if gated else "up_proj"
-        if not isinstance(gated, bool) or set(self.layers) != {self.up, "down_proj"}:
-            raise InputError(f"the neurons of {type(experts).__name__} cannot be computed here: {_REMEDY}")
-        self.module, self.gated = experts, gated
-        self.accumulator, self.num_sequences = accumulator, num_sequences
+        inputs = {projection: RoutedInputs(name) for projection, name in names.items()}
+        super().__init__(inputs, accumulator, num_sequences)
+        self.layers, self.module = expert_layers(experts), experts
+        self.gated: bool = experts.has_gate  # type: ignore[assignment]
+        self.up = "gate_up_proj" if self.gated else "up_proj"
         self.has_bias = bool(getattr(experts, "has_bias", False))
-        self.inputs = {projection: RoutedInputs(name) for projection, name in names.items()}
         self.num_tokens = [0] * self.layers[self.up].num_experts
         self._seeing_all: list[int] | None = None  # the experts that see all tokens; None while each sees its own
         self._check_neurons()
 
-    def see(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    @staticmethod
+    def can_follow(experts: nn.Module) -> bool:
+        """Whether the layers of a module of experts are those that `_neurons` knows."""
+        gated = getattr(experts, "has_gate", None)
+        up = "gate_up_proj" if gated else "up_proj"
+        return isinstance(gated, bool) and set(expert_layers(experts)) == {up, "down_proj"}
+
+    def hooked(self, turn: int, find: Find, count: Count) -> AbstractContextManager[Any]:
+        if turn:
+            return nullcontext()
+
+        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            for seen in self.inputs.values():
+                find(seen)
+            self._see_call(args, kwargs)
+            count(len(self.inputs))
+
+        return self.module.register_forward_pre_hook(before, with_kwargs=True)
+
+    def _see_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Adds the tokens in a call of the module to the statistics of its experts."""
         if self.accumulator is None:
             return
@@ -97,44 +188,9 @@ class Routed:
                 continue
             self.num_tokens[expert] += len(tokens)
             for projection, seen in self.inputs.items():
-                x = tokens if projection == self.up else self._neurons(expert, tokens)
-                if expert not in seen.experts:
-                    self._add(seen, expert, x)
-                seen.experts[expert].add(x, self.accumulator, self.num_sequences)
-
-    def share(self, ranks: Ranks, device: torch.device) -> None:
-        """Gives every rank an input of each expert that has got tokens on any rank; all ranks call it after a turn.
-
-        Its sample is that of the first rank in the turn, which has the first of its tokens in the order of the text.
-        """
-        own = {
-            projection: {expert: entry.sample.shape for expert, entry in seen.experts.items()}
-            for projection, seen in self.inputs.items()
-        }
-        everywhere = ranks.gather(own, patient=True)
-        for projection, seen in self.inputs.items():
-            first: dict[int, tuple[int, torch.Size]] = {}
-            for rank, of_rank in enumerate(everywhere):
-                for expert, shape in of_rank[projection].items():
-                    first.setdefault(expert, (rank, shape))
-            for expert, (owner, shape) in sorted(first.items()):
-                if expert not in seen.experts:
-                    self._add(seen, expert, torch.zeros(shape, device=device))
-                entry = seen.experts[expert]
-                entry.fit_sample(shape)
-                if owner:  # in the end, all ranks get the samples of rank 0
-                    ranks.share_(entry.sample, owner)
-
-    def _add(self, seen: RoutedInputs, expert: int, x: Tensor) -> None:
-        seen.experts[expert] = LayerInput(x, self.accumulator)
-        seen.experts[expert].names.append(f"{seen.names[0]}.{expert}")
+                self._see(seen, expert, tokens if projection == self.up else self._neurons(expert, tokens))
 
     def see_all(self, ranks: Ranks) -> bool:
-        """From now on, all tokens are seen by the experts that have seen fewer than their widest input has columns.
-
-        Returns:
-            Whether there are such experts. Their statistics are empty again.
-        """
         # X^T X of fewer tokens than columns has no inverse: (2048, 2048) of 300 tokens has rank 300.
         least = max(self.layers[projection].in_features for projection in self.inputs)
         num_tokens = [sum(of_ranks) for of_ranks in zip(*ranks.gather(self.num_tokens, patient=True))]
@@ -169,16 +225,162 @@ class Routed:
             raise InputError(f"castlm does not know how {type(experts).__name__} computes its neurons: {_REMEDY}")
 
 
+class Watched(_Experts):
+    """Follows the tokens through experts of any construction by the products of a forward pass.
+
+    The factors beside an expert's matrices are its tokens, however the module has sorted them:
+
+        mm(x (5, 32), w1[3].T (32, 48))                  5 tokens of expert 3
+        bmm(x (4, 64, 32), gate_up_proj (4, 32, 96))     64 rows for each of 4 experts, of which the others' are zeros
+
+    For each expert that has seen too few tokens, every batch passes once more, while the expert's matrices stand in the
+    places of all others. So all tokens reach it, each as often as it is routed.
+
+    Args:
+        layers: all layers of one module with experts, by name.
+        names: the names of those that are pruned.
+        accumulator, num_sequences: as for `castlm.oneshot.inputs.see_inputs`; None collects nothing.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, ExpertLinear], names: set[str], accumulator: Accumulator | None, num_sequences: int
+    ) -> None:
+        super().__init__({name: RoutedInputs(name) for name in layers if name in names}, accumulator, num_sequences)
+        self.layers = layers
+        self.num_tokens = {name: [0] * layers[name].num_experts for name in self.inputs}
+        self._alone: list[int] | None = None  # the experts that see all tokens, one in each turn
+
+    def hooked(self, turn: int, find: Find, count: Count) -> AbstractContextManager[Any]:
+        if turn >= self.num_turns:
+            return nullcontext()
+        alone = None if self._alone is None else self._alone[turn]
+
+        def see(name: str, first: int, x: Tensor) -> None:
+            """Takes x (tokens, in) of the expert `first`, or x (experts, tokens, in) of those from `first` on."""
+            seen = self.inputs.get(name)
+            if seen is None:
+                return
+            find(seen)
+            if self.accumulator is None or (alone is not None and alone not in seen.few):
+                return
+            for expert, rows in enumerate(x if x.dim() == 3 else x[None], first):
+                tokens = rows[rows.any(dim=-1)] if x.dim() == 3 else rows
+                if len(tokens) and alone is None:
+                    self.num_tokens[name][expert] += len(tokens)
+                if len(tokens):
+                    self._see(seen, expert if alone is None else alone, tokens)
+
+        return self._watching(_Products(see), alone)
+
+    @contextmanager
+    def _watching(self, products: _Products, alone: int | None) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                if alone is not None and alone < layer.num_experts:
+                    stack.enter_context(_in_all_places(layer, alone))
+                show = layer.register_forward_hook(
+                    lambda layer, _, shown, name=name: products.show(name, shown, layer.num_experts)
+                )
+                stack.enter_context(show)
+            stack.enter_context(products)
+            yield
+
+    def see_all(self, ranks: Ranks) -> bool:
+        of_ranks = ranks.gather(self.num_tokens, patient=True)
+        few: set[int] = set()
+        for name, seen in self.inputs.items():
+            numbers = enumerate(map(sum, zip(*(numbers[name] for numbers in of_ranks))))
+            seen.few = [expert for expert, number in numbers if number < self.layers[name].in_features]
+            seen.experts = {expert: entry for expert, entry in seen.experts.items() if expert not in seen.few}
+            few.update(seen.few)
+        self._alone = sorted(few)
+        self.num_turns = len(few)
+        return bool(few)
+
+
+@contextmanager
+def _in_all_places(layer: ExpertLinear, expert: int) -> Iterator[None]:
+    """Puts the matrix of one expert in the places of all others."""
+    weight = layer.weight.data
+    layer.weight.data = weight[expert].expand_as(weight)
+    try:
+        yield
+    finally:
+        layer.weight.data = weight
+
+
+class _Shown(NamedTuple):
+    """A tensor that holds the matrices of some experts of a layer."""
+
+    tensor: Tensor  # held, so that no new tensor can take its memory
+    name: str
+    first: int
+    """The first of the experts."""
+    num_elements: int
+    """The elements of a matrix."""
+
+
+class _Products(TorchDispatchMode):
+    """Finds the products with matrices of experts.
+
+    Args:
+        see: is called with the name of the layer, the number of the first expert, and the other factor.
+    """
+
+    FACTORS = {"mm": 0, "bmm": 0, "linear": 0, "addmm": 1, "baddbmm": 1}  # noqa: RUF012
+    """The place of x among the arguments of each product; the matrix follows it."""
+
+    def __init__(self, see: Callable[[str, int, Tensor], None]) -> None:
+        super().__init__()
+        self._see = see
+        self._shown: dict[int, _Shown] = {}
+
+    def show(self, name: str, tensor: Tensor, num_experts: int) -> None:
+        """Notes that `tensor` holds all matrices of a layer."""
+        self._note(_Shown(tensor, name, 0, tensor.numel() // num_experts))
+
+    def _note(self, shown: _Shown) -> None:
+        self._shown[shown.tensor.untyped_storage().data_ptr()] = shown
+
+    def _find(self, tensor: Any) -> tuple[_Shown, int] | None:
+        """What a tensor is a part of, and its first expert."""
+        shown = self._shown.get(tensor.untyped_storage().data_ptr()) if isinstance(tensor, Tensor) else None
+        return None if shown is None else (shown, shown.first + tensor.storage_offset() // shown.num_elements)
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        operation: str = function.overloadpacket.__name__
+        place = self.FACTORS.get(operation)
+        if place is not None and (found := self._find(args[place + 1])) is not None:
+            shown, expert = found
+            x = args[place]
+            self._see(shown.name, expert, x if operation == "bmm" or operation == "baddbmm" else x.flatten(0, -2))
+        result = function(*args, **(kwargs or {}))
+        if operation in ("_to_copy", "clone") and (found := self._find(args[0])) is not None:  # to bf16, of autocast
+            shown, expert = found
+            self._note(shown._replace(tensor=result, first=expert))
+        return result
+
+
 def routed_in(
     block: nn.Module, layers: Mapping[str, nn.Module], accumulator: Accumulator | None, num_sequences: int
-) -> list[Routed]:
-    """The modules of experts in a block that own some of `layers`; see `Routed`."""
+) -> list[Routed | Watched]:
+    """Follows the experts in a block that own some of `layers`, module by module."""
     name_of = {layer: name for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
-    found = []
-    for module in block.modules():
-        own = {projection: name_of[layer] for projection, layer in expert_layers(module).items() if layer in name_of}
-        if own:
-            found.append(Routed(module, own, accumulator, num_sequences))
+    found: list[Routed | Watched] = []
+    others: dict[str, dict[str, ExpertLinear]] = defaultdict(dict)
+    for path, module in block.named_modules():
+        own = expert_layers(module)
+        names = {projection: name_of[layer] for projection, layer in own.items() if layer in name_of}
+        if names and Routed.can_follow(module):
+            found.append(Routed(module, names, accumulator, num_sequences))
+        elif own and not Routed.can_follow(module):
+            # JetMoE has a module for each layer: the layers of one mixture of experts are in the module around.
+            together = others[path.rpartition(".")[0]]
+            together |= {name_of.get(layer, f"{path}.{projection}"): layer for projection, layer in own.items()}
+    wanted = set(name_of.values())
+    found += [Watched(own, wanted, accumulator, num_sequences) for own in others.values() if wanted & own.keys()]
     return found
 
 
