@@ -365,7 +365,7 @@ def train_without_memory(config: TrainConfig, rank: int) -> int:
 @pytest.mark.parametrize("rank", [0, 1])
 def test_memory_that_runs_out_on_one_rank_ends_all(rank, gemma, text, tmp_path):
     config = small(gemma, text, tmp_path / "run", 2, timeout_s=600)  # far longer than the test waits
-    codes = wait_ranks(start_ranks(train_without_memory, 2, config, rank, log=tmp_path / "log"), 60)
+    codes = wait_ranks(start_ranks(train_without_memory, 2, config, rank, log=tmp_path / "log"), 200)
     assert all(codes), said(tmp_path / "log", 2)
     assert "memory" in Path(f"{tmp_path / 'log'}.{rank}").read_text()
 
