@@ -440,6 +440,16 @@ def test_a_file_that_is_no_image_is_refused_by_name(dataset, encoder, tmp_path):
         encoder.conversation(document_of(row, tmp_path))
 
 
+def test_a_relative_path_is_of_the_working_folder_of_now(tmp_path, monkeypatch):
+    """The process that decodes was started in another one."""
+    for folder, color in (("a", "red"), ("b", "blue")):
+        (tmp_path / folder).mkdir()
+        monkeypatch.chdir(tmp_path / folder)
+        Image.new("RGB", (2, 2), color).save(f"{color}.png")
+        (image,) = open_images([f"{color}.png"])
+        assert image.getpixel((0, 0)) == COLORS[color]
+
+
 def test_images_of_too_many_pixels_or_too_much_memory_are_refused(dataset, encoder, monkeypatch, tmp_path):
     Image.new("1", (20_000, 20_000)).save(tmp_path / "large.png")  # 50 kB
     with pytest.raises(InputError, match=r"large.png.*400,000,000 pixels, more than 256,000,000"):

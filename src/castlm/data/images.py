@@ -14,6 +14,7 @@ import base64
 import copy
 import itertools
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -329,7 +330,7 @@ def open_images(sources: Sequence[str], document_limit: float = 1.0) -> list[Ima
         is_inline = source.startswith(BYTES)
         try:
             size, pixels = _DECODER.call(
-                {"path": None if is_inline else str(check_regular(source)), "most_pixels": left},
+                {"path": None if is_inline else os.path.abspath(check_regular(source)), "most_pixels": left},
                 source.removeprefix(BYTES).encode() if is_inline else b"",
                 num_bytes=int(MAX_MEMORY * document_limit),
                 seconds=MAX_SECONDS * document_limit,
