@@ -57,7 +57,7 @@ def choose_precision(wanted: str, device: torch.device, model_config: Any) -> st
 
 def has_fast_bf16() -> bool:
     """Whether this CPU multiplies bf16 faster than fp32."""
-    return bool(torch.cpu._is_avx512_bf16_supported())
+    return bool(torch.cpu.get_capabilities().get("avx512_bf16"))
 
 
 def why_slow(precision: str, device: torch.device) -> str:

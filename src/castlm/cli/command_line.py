@@ -81,14 +81,14 @@ def read_arguments(
         print(help_text(sections, name, everything="--help-all" in before_dashes, about=about, hidden=hidden))
         raise SystemExit(0)
     parser = _Parser(prog=f"castlm {name}", add_help=False, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    for kind, field in fields:
-        _add(parser, field, hints_of(kind)[field.name])
+    actions = [_add(parser, field, hints_of(kind)[field.name]) for kind, field in fields]
     if completion.IS_ASKED:
         choices = {field.name: _choices(field, hints_of(kind)[field.name]) for kind, field in fields}
-        completion.complete_options(parser, choices, list(hidden))
+        completion.complete_options(parser, actions, choices, list(hidden))
+    known = {option for action in actions for option in action.option_strings}
     for argument in before_dashes:
         option = argument.partition("=")[0]
-        if option.startswith("--") and option not in parser._option_string_actions:
+        if option.startswith("--") and option not in known:
             of_runs = "config" in named and option[2:].replace("-", "_") in _options_of_runs()
             where = f"castlm {name} --help lists the options"
             if of_runs:
@@ -124,23 +124,21 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message} ({self.prog} --help lists the options)")
 
 
-def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> None:
+def _add(parser: argparse.ArgumentParser, field: dataclasses.Field[Any], hint: Any) -> argparse.Action:
     kinds = alternatives(hint)
     items = next((typing.get_args(kind) for kind in kinds if typing.get_origin(kind) is tuple), ())
     if field.metadata.get("positional"):
-        parser.add_argument(field.name, nargs="+" if items else None)
-        return
+        return parser.add_argument(field.name, nargs="+" if items else None)
     names = dict.fromkeys([f"--{field.name.replace('_', '-')}", f"--{field.name}"])  # Hugging Face's options have _
     if hint is bool:
-        parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction)
-    elif field.metadata.get("append"):
-        parser.add_argument(*names, dest=field.name, action="append")
-    elif items and items[-1] is ...:  # if repeated, appends
-        parser.add_argument(*names, dest=field.name, nargs="*" if len(kinds) == 1 else "+", action="extend")
-    elif items:
-        parser.add_argument(*names, dest=field.name, nargs=len(items))
-    else:
-        parser.add_argument(*names, dest=field.name)
+        return parser.add_argument(*names, dest=field.name, action=argparse.BooleanOptionalAction)
+    if field.metadata.get("append"):
+        return parser.add_argument(*names, dest=field.name, action="append")
+    if items and items[-1] is ...:  # if repeated, appends
+        return parser.add_argument(*names, dest=field.name, nargs="*" if len(kinds) == 1 else "+", action="extend")
+    if items:
+        return parser.add_argument(*names, dest=field.name, nargs=len(items))
+    return parser.add_argument(*names, dest=field.name)
 
 
 def help_text(sections: Sections, name: str, everything: bool, about: type[Any], hidden: Iterable[str] = ()) -> str:

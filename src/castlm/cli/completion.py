@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 from castlm.packages import require
@@ -44,17 +44,19 @@ def complete_command(commands: Collection[str], run: Callable[[str], Any]) -> No
 
 
 def complete_options(
-    parser: argparse.ArgumentParser, names: Mapping[str, Collection[str]], hidden: Collection[str]
+    parser: argparse.ArgumentParser,
+    actions: Iterable[Any],
+    names: Mapping[str, Collection[str]],
+    hidden: Collection[str],
 ) -> None:
     """Answers with the options of one command, or the names that the last of them takes.
 
     Args:
-        parser: of the command.
+        parser: of the command; actions: those that were added to it.
         names: the names that an option takes, by option.
         hidden: those that its help does not show.
     """
     unshown = []
-    actions: list[Any] = parser._actions
     for action in actions:
         if names.get(action.dest):
             action.completer = functools.partial(_all, names[action.dest])

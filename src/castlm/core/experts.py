@@ -111,28 +111,35 @@ def linearize_experts_(model: nn.Module, stacks: Mapping[str, Stack] | None = No
         transposed = getattr(module, "is_transposed", None)
         if not isinstance(transposed, bool) or not in_block(fqn):
             continue
+        weights = dict(module.named_parameters(recurse=False))
         for name in PROJECTIONS:
-            weight = module._parameters.get(name)
-            if weight is not None and weight.dim() == 3:
-                found[f"{fqn}.{name}"] = Stack(len(weight), transposed, False, fqn)
+            if name in weights and weights[name].dim() == 3:
+                found[f"{fqn}.{name}"] = Stack(len(weights[name]), transposed, False, fqn)
     for path, stack in found.items():
         fqn, _, name = path.rpartition(".")
-        owner, reader = model.get_submodule(fqn), model.get_submodule(stack.reader)
+        owner = model.get_submodule(fqn)
         layer = ExpertLinear(owner.get_parameter(name), stack.transposed, stack.num_experts if stack.is_flat else None)
         if not expert_layers(owner):
             owner.register_state_dict_post_hook(_to_stored_names)
             owner.register_load_state_dict_pre_hook(_from_stored_names)
-        if _show_weights not in reader._forward_pre_hooks.values():
-            reader.register_forward_pre_hook(_show_weights)
-            reader.register_forward_hook(_hide_weights, always_call=True)
         delattr(owner, name)
         owner.add_module(name, layer)
+    for reader in {stack.reader for stack in found.values()}:
+        model.get_submodule(reader).register_forward_pre_hook(_show_weights)
+        model.get_submodule(reader).register_forward_hook(_hide_weights, always_call=True)
     return list(found)
+
+
+def activate(experts: nn.Module, up: Tensor) -> Tensor:
+    """The input (..., inner) of the down-projection for the output `up`: gated where the family of models is."""
+    module: Any = experts
+    inner: Tensor = module._apply_gate(up) if module.has_gate else module.act_fn(up)
+    return inner
 
 
 def expert_layers(experts: nn.Module) -> dict[str, ExpertLinear]:
     """The projections of a module of experts by name; empty for any other module."""
-    return {name: child for name, child in experts._modules.items() if isinstance(child, ExpertLinear)}
+    return {name: child for name, child in experts.named_children() if isinstance(child, ExpertLinear)}
 
 
 def _show_weights(reader: nn.Module, args: Any) -> None:

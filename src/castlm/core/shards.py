@@ -9,8 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.distributed.tensor import DTensor, Shard
 
 from castlm.core.errors import InputError
 
@@ -54,8 +53,13 @@ def own_rows(tensor: Tensor) -> slice:
     """The rows of the full tensor that this rank holds."""
     if not isinstance(tensor, DTensor):
         return slice(0, len(tensor))
-    shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
-    return slice(offset[0], offset[0] + shape[0])  # rank 1 of 2, (1536, 576): slice(768, 1536)
+    first, num_rows = 0, len(tensor)
+    for dim, placement in enumerate(tensor.placements):
+        if placement.is_shard(0):
+            mesh = tensor.device_mesh
+            num_rows, offset = Shard.local_shard_size_and_offset(num_rows, mesh.size(dim), mesh.get_local_rank(dim))
+            first += offset
+    return slice(first, first + num_rows)  # rank 1 of 2, (1536, 576): slice(768, 1536)
 
 
 def check_matrix(what: str, weight: Tensor) -> None:

@@ -78,7 +78,7 @@ def pattern_layers(
         inside = {inner for inner, _ in adapted.named_modules(prefix=name)} - {name}
         # PEFT wraps a layer: `up_proj.base_layer` is the model's own, all else inside `up_proj` is the adapter's.
         adapters |= {inner for inner in inside if not f"{inner}.".startswith(f"{name}.base_layer.")}
-    folder = getattr(getattr(model, "config", None), "_name_or_path", "")  # that the model was loaded from
+    folder = getattr(getattr(model, "config", None), "name_or_path", "")  # that the model was loaded from
     left_dense = read_left_dense(Path(folder)) if folder and Path(folder).is_dir() else {}
 
     chooses = filter_for(model)

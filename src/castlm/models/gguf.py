@@ -174,6 +174,6 @@ def _reader_of_version(path: str, modified_ns: int) -> Any:
         @data.setter
         def data(self, mapped: Any) -> None:
             self._data = mapped.view(np.ndarray)  # the same memory
-            self.mapped: mmap.mmap = mapped._mmap
+            self.mapped: mmap.mmap = mapped.base
 
     return Reader(path)

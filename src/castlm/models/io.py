@@ -464,11 +464,12 @@ def check_tokenizer(tokenizer: object) -> None:
 def _stored_values(model: PreTrainedModel) -> dict[str, Tensor]:
     """The parameters and persistent buffers of a model that its files hold, by name; tied ones once."""
     values: dict[str, Tensor] = {}
+    persistent = model.state_dict().keys()
     for module_name, module in model.named_modules():
         prefix = f"{module_name}." if module_name else ""
         values |= {f"{prefix}{name}": p.detach() for name, p in module.named_parameters(recurse=False)}
-        buffers = module.named_buffers(recurse=False)
-        values |= {f"{prefix}{name}": b for name, b in buffers if name not in module._non_persistent_buffers_set}
+        buffers = {f"{prefix}{name}": buffer for name, buffer in module.named_buffers(recurse=False)}
+        values |= {name: buffer for name, buffer in buffers.items() if name in persistent}
     kept: dict[str, Tensor] = remove_tied_weights_from_state_dict(values, model)
     return {name: value for name, value in kept.items() if name not in (model._keys_to_ignore_on_save or ())}
 
@@ -501,8 +502,9 @@ def copy_processor(config: PretrainedConfig, folder: str | Path) -> None:
     """Copies the image processor of a vision-language model from its source into `folder`."""
     if not is_vision_language(config) or not config.name_or_path:
         return
-    options: dict[str, Any] = {"local_files_only": True, "_raise_exceptions_for_missing_entries": False}
     for name in PROCESSOR_FILES:
-        found = cached_file(config.name_or_path, name, _raise_exceptions_for_connection_errors=False, **options)
-        if found is not None and not (Path(folder) / name).exists():
-            shutil.copyfile(found, Path(folder) / name)
+        if (Path(folder) / name).exists():
+            continue
+        with contextlib.suppress(OSError):  # transformers' answer for a file that is neither there nor in the cache
+            found = cached_file(config.name_or_path, name, local_files_only=True)
+            shutil.copyfile(str(found), Path(folder) / name)

@@ -205,7 +205,7 @@ def _give_values_(model: nn.Module) -> None:
     for module in model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             if buffer is not None:
-                module._buffers[name] = _with_values(buffer)
+                setattr(module, name, _with_values(buffer))
 
 
 class _Watch(TorchDispatchMode):

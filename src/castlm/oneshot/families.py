@@ -95,7 +95,7 @@ def describe(model: PreTrainedModel) -> list[Block]:
     layout, reason = LAYOUTS.get(family, Layout()), None
     if family not in LAYOUTS or (sees_images and layout.stack != Layout.stack):
         reason = "it is not among the families that docs/models.md lists"
-    elif sees_images and "language_model" not in model.base_model._modules:
+    elif sees_images and not hasattr(model.base_model, "language_model"):
         reason = "it has no model.language_model"
     if reason:
         of_images = " in a vision-language model" if sees_images else ""
@@ -103,7 +103,7 @@ def describe(model: PreTrainedModel) -> list[Block]:
             f"the basis of {family}{of_images} cannot be changed: {reason}; use rotate off and permute off"
         )
     stack = f"model.language_model.{layout.stack.removeprefix('model.')}" if sees_images else layout.stack
-    num_blocks = len(model.get_submodule(stack)._modules)
+    num_blocks = len(list(model.get_submodule(stack).children()))
     return [_block(model, f"{stack}.{index}", layout) for index in range(num_blocks)]
 
 
@@ -128,8 +128,8 @@ def _matrix(model: nn.Module, name: str) -> Matrix:
 def _feed_forward(model: nn.Module, block: str, layout: Layout) -> list[Mlp]:
     """The MLPs of a block, each expert among them."""
     name = f"{block}.mlp"
-    module: Any = model.get_submodule(block)._modules.get("mlp")
-    if module is None or "experts" not in module._modules:
+    module: Any = getattr(model.get_submodule(block), "mlp", None)
+    if not hasattr(module, "experts"):
         return [_mlp(model, block, layout.inner, layout.down)]
     mlps = []
     stored = {projection.removesuffix(".weight"): p.data for projection, p in module.experts.named_parameters()}
@@ -138,7 +138,7 @@ def _feed_forward(model: nn.Module, block: str, layout: Layout) -> list[Mlp]:
         inner = Matrix(f"{name}.experts.gate_up_proj.{expert}", gate_up).parts(down.shape[1])
         mlps.append(Mlp(tuple(inner), Matrix(f"{name}.experts.down_proj.{expert}", down)))
     for shared in ("shared_expert", "shared_experts"):
-        if shared in module._modules:
+        if hasattr(module, shared):
             mlps.append(_mlp(model, f"{name}.{shared}", ("gate_proj", "up_proj"), "down_proj"))
     return mlps
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from castlm.core.errors import InputError
-from castlm.core.experts import ExpertLinear, expert_layers
+from castlm.core.experts import ExpertLinear, activate, expert_layers
 from castlm.oneshot.layer_input import Accumulator, LayerInput
 from castlm.oneshot.ranks import Ranks
 
@@ -148,8 +148,7 @@ class Routed(_Experts):
         inputs = {projection: RoutedInputs(name) for projection, name in names.items()}
         super().__init__(inputs, accumulator, num_sequences)
         self.layers, self.module = expert_layers(experts), experts
-        self.gated: bool = experts.has_gate  # type: ignore[assignment]
-        self.up = "gate_up_proj" if self.gated else "up_proj"
+        self.up = "gate_up_proj" if experts.has_gate else "up_proj"
         self.has_bias = bool(getattr(experts, "has_bias", False))
         self.num_tokens = [0] * self.layers[self.up].num_experts
         self._seeing_all: list[int] | None = None  # the experts that see all tokens; None while each sees its own
@@ -203,11 +202,9 @@ class Routed(_Experts):
 
     def _neurons(self, expert: int, x: Tensor) -> Tensor:
         """The input (tokens, inner) of the down-projection of an expert for x (tokens, hidden)."""
-        experts: Any = self.module
-        bias = experts.get_parameter(f"{self.up}_bias")[expert] if self.has_bias else None
+        bias = self.module.get_parameter(f"{self.up}_bias")[expert] if self.has_bias else None
         out = F.linear(x, self.layers[self.up].weight[expert], bias)
-        inner: Tensor = experts._apply_gate(out) if self.gated else experts.act_fn(out)
-        return inner
+        return activate(self.module, out)
 
     def _check_neurons(self) -> None:
         """Compares the output of one expert, computed with `_neurons`, with the module's own."""

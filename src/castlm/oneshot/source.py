@@ -139,7 +139,7 @@ class StoredModel:
         self.stack, self.blocks = block_stack(model, layers)
         for module in model.modules():
             for name, buffer in module.named_buffers(recurse=False):
-                module._buffers[name] = buffer.to(device)
+                setattr(module, name, buffer.to(device))
 
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
@@ -228,7 +228,7 @@ class StoredModel:
         """
         for number, (name, parameter) in enumerate(list(module.named_parameters(recurse=recurse))):
             parent, _, leaf = name.rpartition(".")
-            parameters, owner = module.get_submodule(parent)._parameters, number % ranks.size
+            holder, owner = module.get_submodule(parent), number % ranks.size
             if ranks.rank == owner:
                 value = self._stored(prefix + name).to(self.device, torch.float32 if widen else None).contiguous()
             else:
@@ -236,8 +236,8 @@ class StoredModel:
             if ranks.size > 1:
                 assert widen
                 ranks.share_(value, owner)
-            stack.callback(parameters.__setitem__, leaf, parameter)  # back to the one on the meta device
-            parameters[leaf] = nn.Parameter(value, requires_grad=False)
+            stack.callback(setattr, holder, leaf, parameter)  # back to the one on the meta device
+            setattr(holder, leaf, nn.Parameter(value, requires_grad=False))
 
     def _stored(self, name: str) -> Tensor:
         value = self.checkpoint.read(name)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.experts import PROJECTIONS, ExpertLinear
+from castlm.core.experts import PROJECTIONS, ExpertLinear, activate
 from castlm.models.stored_layout import StoredLayout
 from castlm.packed.layers import PackedLinear, PackedModule
 from castlm.packed.tensor import PackedTensor, unpack
@@ -157,7 +157,7 @@ class PackedExperts(nn.Module):
         for expert in top_k_index.unique().tolist():
             token, slot = torch.where(top_k_index == expert)
             x = self._multiply(up, expert, hidden_states[token])
-            x = dense._apply_gate(x) if dense.has_gate else dense.act_fn(x)
+            x = activate(dense, x)
             x = self._multiply(down, expert, x)
             if getattr(dense, "has_post_expert_norm", False):
                 x = self.get_submodule("post_expert_norm")(x)
@@ -167,7 +167,7 @@ class PackedExperts(nn.Module):
     def _multiply(self, projection: _Projection, expert: int, x: Tensor) -> Tensor:
         pieces = [self.get_submodule(path)(x) for path in projection.pieces[expert]]
         out = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=-1)
-        bias = self._parameters.get(f"{projection.name}_bias")
+        bias = getattr(self, f"{projection.name}_bias", None)
         return out if bias is None else out + bias[expert]
 
 
@@ -183,8 +183,8 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
     placed: dict[str, str] = {}
     stored_at = set(map(StoredLayout(model).loaded_name, specs))
     for fqn, module in list(model.named_modules()):
-        weights = {name: module._parameters.get(name) for name in PROJECTIONS}
-        names = [name for name, weight in weights.items() if weight is not None and weight.dim() == 3]
+        weights = dict(module.named_parameters(recurse=False))
+        names = [name for name in PROJECTIONS if name in weights and weights[name].dim() == 3]
         if not names or not isinstance(getattr(module, "is_transposed", None), bool):
             continue
         if not any(path.startswith(f"{fqn}.") for path in stored_at):
@@ -208,7 +208,7 @@ def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:
     """Adds `leaf` at `path` below `module`, with plain modules in between."""
     *parents, last = path.split(".")
     for parent in parents:
-        if parent not in module._modules:
+        if parent not in dict(module.named_children()):
             module.add_module(parent, nn.Module())
         module = module.get_submodule(parent)
     module.add_module(last, leaf)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
@@ -125,11 +125,18 @@ def packed_linear(x: Tensor, packed: Tensor, out_features: int) -> Tensor:
     return out
 
 
+def _refuse_to_save(module: nn.Module, prefix: str, keep_vars: bool) -> None:
+    if hasattr(module, "packed"):
+        raise InputError("a packed model has no weights to save: copy its folder, or save the model that was packed")
+
+
 class PackedModule(nn.Module):
     """Base of the packed layers: the stored tensors of a spec, then the buffer made from them."""
 
     dtype = torch.float32
     """The dtype of activations."""
+    packed: Tensor
+    """The buffer that `prepare_` fills and `share_` keeps."""
 
     def __init__(self, spec: PackedSpec):
         super().__init__()
@@ -137,6 +144,7 @@ class PackedModule(nn.Module):
         self.source: Mapping[str, StoredTensor] = {}
         for suffix, (dtype, shape) in spec.tensors().items():
             self.register_buffer(suffix, torch.empty(shape, dtype=STORED[dtype], device="meta"))
+        self.register_state_dict_pre_hook(_refuse_to_save)
 
     @property
     def stored(self) -> PackedTensor:
@@ -164,20 +172,14 @@ class PackedModule(nn.Module):
     def _drop_stored(self) -> None:
         self.source = {}
         for suffix in self.spec.tensors():
-            self._buffers.pop(suffix, None)
+            if hasattr(self, suffix):
+                delattr(self, suffix)
 
     @property
     def weight(self) -> Tensor:
         """An empty tensor on the layer's device in the activations' dtype, for model code that asks for either."""
         held = next(self.buffers(recurse=False), None)
         return torch.empty(0, dtype=self.dtype, device="meta" if held is None else held.device)
-
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        if "packed" in self._buffers:
-            raise InputError(
-                "a packed model has no weights to save: copy its folder, or save the model that was packed"
-            )
-        super()._save_to_state_dict(*args, **kwargs)
 
     def num_bytes(self) -> int:
         """Bytes of the buffer that `prepare_` fills."""
@@ -209,17 +211,16 @@ class PackedModule(nn.Module):
 class PackedLinear(PackedModule):
     """`nn.Linear` over a packed weight; x (..., in) in fp32, bf16 or fp16 on a CPU, without gradients."""
 
+    bias: nn.Parameter | None
+
     def __init__(self, spec: PackedSpec, bias: nn.Parameter | None = None):
         super().__init__(spec)
         self.in_features, self.out_features = spec.columns, spec.rows
         self.register_parameter("bias", bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self._buffers["packed"]  # `self.packed` is a slower search
-        assert packed is not None
-        out = packed_linear(x, packed, self.out_features)
-        bias = self._parameters["bias"]
-        return out if bias is None else out + bias.to(out.dtype)
+        out = packed_linear(x, self.packed, self.out_features)
+        return out if self.bias is None else out + self.bias.to(out.dtype)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """Rebuilds the dense layer from the stored tensors: `nn.Linear`, or transformers' `Conv1D`."""
@@ -232,7 +233,7 @@ class PackedLinear(PackedModule):
         else:
             layer = nn.Linear(self.spec.columns, self.spec.rows, bias=self.bias is not None, device="meta")
         layer.weight = nn.Parameter(weight)  # it trains as a plain model does
-        layer.bias = self.bias
+        layer.bias = self.bias  # type: ignore[assignment]
         return layer.train(self.training)
 
 

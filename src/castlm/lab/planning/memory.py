@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AttentionInterface,
@@ -32,6 +33,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.core.blocks import in_block
 from castlm.core.errors import InputError, one_line
+from castlm.core.experts import activate
 from castlm.core.moments import new_moments
 from castlm.core.nm import NM, Pattern
 from castlm.core.rounding import add_weight_rounding, fit_rounding_
@@ -99,7 +101,7 @@ def _experts_together(experts: Any, hidden: Tensor, index: Tensor, weights: Tens
     tokens = hidden[index.flatten() // index.shape[-1]]
     up = experts.gate_up_proj if experts.has_gate else experts.up_proj
     out = tokens @ (up[0] if flip else up[0].mT)
-    out = experts._apply_gate(out) if experts.has_gate else experts.act_fn(out)
+    out = activate(experts, out)
     out = out @ (experts.down_proj[0] if flip else experts.down_proj[0].mT)
     out = (out * weights.flatten()[:, None])[index.flatten()]
     summed: Tensor = out.view(*index.shape, -1).sum(dim=1).to(hidden.dtype)
@@ -213,7 +215,7 @@ def saved_bytes(
         if attention == "sdpa":
             ends = use_attention_(model) and can_lay_end_to_end(model)
             model.set_attn_implementation(_END_TO_END if ends else _APART)
-        model.config._experts_implementation = _EXPERTS
+        model.set_experts_implementation(_EXPERTS)
         linearize_(model)
         _parametrize_(model, run)
         if sharded and run.compute is not torch.float32:  # the types in which `shard_` gathers the blocks' parameters
@@ -235,10 +237,10 @@ def _parametrize_(model: PreTrainedModel, run: PlannedRun) -> None:
 
 
 def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, compute: torch.dtype) -> int:
-    storages: dict[int, Tensor] = {}  # kept alive, so that no address is reused
+    storages: dict[StorageWeakRef, Tensor] = {}  # kept alive, so that no address is reused
 
     def pack(tensor: Tensor) -> Tensor:
-        storages[tensor.untyped_storage()._cdata] = tensor
+        storages[StorageWeakRef(tensor.untyped_storage())] = tensor
         return tensor
 
     input_ids = torch.zeros(micro_batch, seq_len, dtype=torch.int64)
@@ -246,7 +248,7 @@ def _saved_by_forward(model: PreTrainedModel, micro_batch: int, seq_len: int, co
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor), autocast:
         backbone(model)(input_ids=input_ids, use_cache=False)
     for param in model.parameters():
-        storages.pop(param.untyped_storage()._cdata, None)
+        storages.pop(StorageWeakRef(param.untyped_storage()), None)
     return sum(tensor.untyped_storage().nbytes() for tensor in storages.values())
 
 
