@@ -33,16 +33,27 @@ def level(request):
         yield request.param
 
 
-@pytest.mark.parametrize("values", PACKABLE)
-@pytest.mark.parametrize(("n", "m"), [(n, m) for n, m in PATTERNS if 24 % (m or 1) == 0])
-@pytest.mark.parametrize("layout", ["best", "rows"])
+def has_pattern(values: str, m: int) -> bool:
+    """Whether a format holds weights of this group size; 0 is dense."""
+    return not m or values not in DENSE_ONLY
+
+
+def layouts(m: int, level: str) -> list[str]:
+    """A dense weight has one layout; by rows, only the levels below AVX-512 multiply."""
+    return ["best", "rows"] if m and level not in ("avx512", "amx") else ["best"]
+
+
+@pytest.mark.parametrize(
+    ("values", "n", "m", "layout", "level"),
+    [
+        (values, n, m, layout, level)
+        for values, (n, m), level in itertools.product(PACKABLE, PATTERNS, native.levels())
+        if has_pattern(values, m) and 24 % (m or 1) == 0
+        for layout in layouts(m, level)
+    ],
+    indirect=["level"],
+)
 def test_products_and_rows_of_every_format(values, n, m, layout, level):
-    if layout == "rows" and not m:
-        pytest.skip("a dense weight has one layout")
-    if layout == "rows" and level in ("avx512", "amx"):
-        pytest.skip("rows have no kernel of this level")
-    if m and values in DENSE_ONLY:
-        pytest.skip("this format is dense")
     for rows, columns in ((8, 192), (5, 24), (13, 96)):
         packed = random_packed(values, n, m, rows, columns)
         buffer = buffer_of(packed, layout)
@@ -59,13 +70,13 @@ def test_products_and_rows_of_every_format(values, n, m, layout, level):
                 check_product(packed, buffer, torch.randn(batch, columns).to(dtype))
 
 
-@pytest.mark.parametrize("values", PACKABLE)
-@pytest.mark.parametrize("m", [0, 2, 4, 8, 16, 32, 64])
+@pytest.mark.parametrize(
+    ("values", "m"),
+    [each for each in itertools.product(PACKABLE, [0, 2, 4, 8, 16, 32, 64]) if has_pattern(*each)],
+)
 @pytest.mark.parametrize("layout", ["best", "lanes"])
 def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
     """Products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
-    if m and values in DENSE_ONLY:
-        pytest.skip("this format is dense")
     for n in {1, m // 2, m - 1} if m else {0}:
         for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29), (35, 2 * m + 64, 77)):
             packed = random_packed(values, n, m, rows, columns)
