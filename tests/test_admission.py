@@ -3,7 +3,7 @@
 import asyncio
 import random
 import threading
-import time
+from types import SimpleNamespace
 
 import pytest
 
@@ -87,11 +87,11 @@ def test_addresses_are_those_of_one_client():
 
 
 def test_a_worker_does_one_thing_at_a_time_and_the_short_ones_first():
-    done, running = [], threading.Semaphore(1)
+    done, running, are_queued = [], threading.Semaphore(1), threading.Event()
 
-    def work(name: str, seconds: float) -> str:
+    def work(name: str) -> str:
         assert running.acquire(blocking=False)
-        time.sleep(seconds)
+        assert are_queued.wait(60)
         done.append(name)
         running.release()
         if name == "bad":
@@ -100,12 +100,14 @@ def test_a_worker_does_one_thing_at_a_time_and_the_short_ones_first():
 
     async def all_of_them() -> list[object]:
         worker = Worker(most_waiting=4, most_work=1e9)
-        first = asyncio.ensure_future(worker.run(work, "first", 0.05, address="here", cost=1))
+        first = asyncio.ensure_future(worker.run(work, "first", address="here", cost=1))
         await asyncio.sleep(0)
         names = [("long", 900), ("bad", 9), ("gone", 8), ("short", 1), ("one too many", 1)]
-        tasks = [asyncio.ensure_future(worker.run(work, name, 0, address="here", cost=c)) for name, c in names]
-        await asyncio.sleep(0.01)
+        tasks = [asyncio.ensure_future(worker.run(work, name, address="here", cost=c)) for name, c in names]
+        await asyncio.sleep(0)
         tasks[2].cancel()
+        await asyncio.sleep(0)
+        are_queued.set()
         return await asyncio.gather(first, *tasks, return_exceptions=True)
 
     first, long, bad, gone, short, refused = asyncio.run(all_of_them())
@@ -131,21 +133,22 @@ def test_the_longest_body_is_dropped():
 
 
 def test_many_refusals_are_held_back_and_few_are_not(monkeypatch):
-    monkeypatch.setattr(admission, "_HELD_SECONDS", 0.2)
+    now, held, pause = 0.0, [], asyncio.sleep
+    monkeypatch.setattr(admission, "time", SimpleNamespace(monotonic=lambda: now))
 
-    async def times(number: int, refusals: Refusals) -> list[float]:
-        started = time.monotonic()
+    async def sleep(seconds: float) -> None:
+        held.append(seconds)
+        await pause(0)
 
-        async def one() -> float:
-            await refusals.wait()
-            return time.monotonic() - started
+    async def refuse(number: int, refusals: Refusals) -> None:
+        await asyncio.gather(*(refusals.wait() for _ in range(number)))
 
-        return await asyncio.gather(*(one() for _ in range(number)))
-
+    monkeypatch.setattr(asyncio, "sleep", sleep)
     refusals = Refusals()
-    assert max(asyncio.run(times(15, refusals))) < 0.1
-    found = sorted(asyncio.run(times(150, refusals)))
-    assert sum(seconds >= 0.2 for seconds in found) == admission._MAX_HELD
-    assert found[-1] < 1
-    refusals._then -= 2  # two seconds later
-    assert max(asyncio.run(times(5, refusals))) < 0.1
+    asyncio.run(refuse(15, refusals))
+    assert held == []
+    asyncio.run(refuse(150, refusals))
+    assert held == [admission._HELD_SECONDS] * admission._MAX_HELD
+    now, held[:] = now + 2, []
+    asyncio.run(refuse(5, refusals))
+    assert held == []

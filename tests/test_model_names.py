@@ -1,7 +1,6 @@
 """A model has one name in every command: a folder, a run, a packed folder, a GGUF file or a hub id."""
 
 import shutil
-import time
 
 import pytest
 import torch
@@ -73,17 +72,16 @@ def test_a_model_is_given_with_an_option_or_without():
 PRUNE_BY_BLOCK = ["prune", "--model", "MODEL", "--solver", "magnitude", "--memory", "block", "--output-dir", "OUT"]
 
 
-def test_what_needs_a_folder_says_in_the_first_second_how_to_make_one(names, tmp_path, capsys):
+def test_what_needs_a_folder_says_without_a_model_in_memory_how_to_make_one(names, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pruned, "load_model", None)
     for command, name, remedy in (
         (["verify", "MODEL"], names["gguf"], f"castlm unpack {names['gguf']}"),
         (["verify", "MODEL"], "some/model", "hf download some/model"),
         (PRUNE_BY_BLOCK, "some/model", "hf download some/model"),
     ):
-        started = time.monotonic()
         values = {"MODEL": name, "OUT": str(tmp_path / "out")}
         assert main([values.get(word, word) for word in command]) == 2
         assert remedy in capsys.readouterr().err
-        assert time.monotonic() - started < 5  # without a model in memory; the machine of a test may be busy
         assert not (tmp_path / "out").exists()
 
 
