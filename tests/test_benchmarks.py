@@ -62,8 +62,8 @@ def test_a_peer_answers_with_the_perplexity_of_castlm_and_seconds(monkeypatch, c
 def test_gpu_script_says_that_there_is_none(tmp_path):
     process = start_command("benchmarks.gpu", log=tmp_path / "log")
     assert wait_ranks([process], 60) == [2]
-    said = (tmp_path / "log").read_text().strip()
-    assert said == "benchmarks.gpu: torch sees no CUDA device; run it on a machine with one"
+    (line,) = (tmp_path / "log").read_text().splitlines()
+    assert "CUDA" in line
 
 
 @pytest.mark.skipif(native.kernels() is None, reason="AdamS is fused on a CPU by the C++ kernels, which are not built")

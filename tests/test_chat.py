@@ -366,7 +366,7 @@ def test_a_conversation_of_100k_tokens_goes_through_its_sequences_with_one_line(
     rows = sequences(stream, stream.tokens_per_epoch() // 256)
     assert len(rows) * 256 > 200_000
     (line,) = said
-    assert re.match(r"a conversation of 10\d,\d+ tokens is longer than seq_len 256: each of its sequences", line)
+    assert re.search(r"10\d,\d+ tokens.*seq_len 256", line)
     total = sum(int((row["labels"] != -100).sum()) for row in rows)
     turns = sum(len(message["content"]) + 1 for message in long if message["role"] == "assistant")
     assert 0 <= 2 * turns + 2 - total <= 256  # no token of the assistant is lost, but in the incomplete last sequence

@@ -204,8 +204,8 @@ def test_rates_are_chosen_on_the_tuning_text(files, tmp_path, in_process, capsys
     _, table = compare(files, tmp_path, **asked)
     assert len(in_process) == 8  # two trials and two seeds, of cast and of the control
     lines = capsys.readouterr().err
-    assert "1/8  cast, seed 0, rate 0.0001, 384 tokens, on the tuning text" in lines
-    assert "\ncastlm: 4/8  cast, seed 1, rate" in lines
+    assert re.search(r"1/8  cast, seed 0, rate 0\.0001, 384 .*tuning", lines)
+    assert "4/8  cast, seed 1" in lines
     trials = [t for t in table["trials"] if t["variant"] == "cast" and t["text"] == str(tuning)]
     row = table["rows"][0]
     assert row["learning_rate"] == min(trials, key=lambda t: t["perplexity"])["learning_rate"]

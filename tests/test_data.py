@@ -475,7 +475,7 @@ def test_calibration_from_the_start_of_a_much_longer_file_is_said(tmp_path):
     for num_sequences in (4, 40):
         calibration_sequences(open_documents(path), ENCODER, num_sequences, 10, say=said.append)
     (line,) = said  # a sixteenth or more of a file is not little
-    assert f"come from the first 92 of the 2,000 documents of {path}; shuffle it if it is sorted" in line
+    assert all(part in line for part in ("92 of the 2,000", str(path), "shuffle"))
 
 
 @pytest.mark.parametrize("bos", ["<s>", EOS])  # as LLaMA has it, and as OPT

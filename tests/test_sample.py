@@ -212,7 +212,9 @@ def test_ctrl_c_says_what_is_saved_and_how_to_go_on(chat_llama, tmp_path, capsys
 
     monkeypatch.setattr(Sampler, "batch", stopped)
     assert main(command(chat_llama, tmp_path / "a.jsonl")) == 130
-    assert "8 texts are saved; the same command with --resume continues" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "8 texts" in said
+    assert "--resume" in said
 
 
 def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, capsys):
