@@ -305,7 +305,7 @@ def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perpl
 def test_a_pattern_that_divides_few_widths_is_no_recipe(tmp_path):
     shapes = shapes_of(str(save_tiny(tmp_path / "m", "llama")))  # widths of 32 and 64
     choice = choose(shapes, Limits(megabytes=1), among=[Recipe(Option("int4", 32, 64, "int8"), 1.1), INT8])
-    assert [recipe for recipe, *_ in choice.found] == [INT8]
+    assert [recipe for recipe, *_ in choice.candidates] == [INT8]
 
 
 INT8 = Recipe(Option("int8", head="int8"), 1.01)

@@ -220,15 +220,15 @@ def without_effect(
         >>> without_effect([Options], {"rate": 0.0, "warmup": 5}, Options(0.0, warmup=5))
         {'warmup': 'warmup = 5 has an effect only with rate above 0'}
     """
-    found = {}
+    reasons = {}
     for field in itertools.chain.from_iterable(map(dataclasses.fields, kinds)):
         if field.name not in values or is_required(field):
             continue
         value = values[field.name]
         asks_for_nothing = [None, default_of(field), *(needs.off for needs in needs_of(field))]
         if value not in asks_for_nothing and (words := unmet(field, options)) is not None:
-            found[field.name] = f"{label(field.name, source)} = {value} has an effect only with {words}"
-    return found
+            reasons[field.name] = f"{label(field.name, source)} = {value} has an effect only with {words}"
+    return reasons
 
 
 def without_result(kinds: Iterable[type[Any]]) -> frozenset[str]:
@@ -290,17 +290,17 @@ def checked(kinds: Sequence[type[Any]], values: Mapping[str, Any], source: str =
         source: the file of the values, or `COMMAND_LINE`; errors begin with it.
     """
     fields = {field.name: (kind, field) for kind in kinds for field in dataclasses.fields(kind)}
-    found = {}
+    converted = {}
     for name, value in values.items():
         if name not in fields:
             raise InputError(unknown(name, fields, source))
         kind, field = fields[name]
         if parse := field.metadata.get("parse"):
-            found[name] = parse(value)
+            converted[name] = parse(value)
             continue
-        found[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(field))
-        check_limits(label(name, source), found[name], field.metadata)
-    return found
+        converted[name] = convert(label(name, source), value, hints_of(kind)[name], choices_of(field))
+        check_limits(label(name, source), converted[name], field.metadata)
+    return converted
 
 
 def label(name: str, source: str) -> str:

@@ -124,16 +124,16 @@ class Batch:
         """
         parts = self._schedule(sequences)
         self.model.forward(self.cache, [part for _, part in parts])
-        found: list[Running] = []
+        complete: list[Running] = []
         for sequence, part in parts:
             end = part.position + len(part.tokens)
             sequence.cached.have_read(end)
             sequence.scored = part.logits if part.position < sequence.num_scored else None
             if end == len(sequence.cached.tokens):
                 if sequence.scored is not None:
-                    self.logits[len(found)] = sequence.scored[-1]
-                found.append(sequence)
-        return found
+                    self.logits[len(complete)] = sequence.scored[-1]
+                complete.append(sequence)
+        return complete
 
     def _schedule(self, sequences: Sequence[Running]) -> list[tuple[Running, Part]]:
         """A token of each sequence that has one new, and prompts as far as `_PROMPT_PART` and `_SCORED_PART` go."""
@@ -434,12 +434,12 @@ class Engine:
         if not in_order:
             return count
         with _failing(*in_order):
-            found = self._read(in_order)
+            decoded = self._read(in_order)
             by_running = {self._running[answer][0]: answer for answer in in_order}
             for running, answer in by_running.items():
                 with _failing(answer):
                     self._score(running, answer)
-            answers = [by_running[running] for running in found]
+            answers = [by_running[running] for running in decoded]
             for answer in answers:
                 with _failing(answer):
                     if answer.max_new_tokens == 0:
@@ -447,7 +447,7 @@ class Engine:
                     elif answer.grammar is not None:
                         self._running[answer][1].allow(answer.grammar.allowed())
             choosers = [self._running[answer][1] for answer in answers]
-            chosen = choose(self.batch.logits[: len(found)], choosers, self.model.threads)
+            chosen = choose(self.batch.logits[: len(decoded)], choosers, self.model.threads)
             for row, answer in enumerate(answers):
                 if answer.reason is not None:
                     continue
@@ -457,7 +457,7 @@ class Engine:
                     if answer.sampling.num_logprobs is not None:
                         answer.logprobs.append(chosen.logprob(row, answer.sampling.num_logprobs))
                     self._take(answer, chosen.tokens[row])
-            count = len(found)
+            count = len(decoded)
         self._remove_finished()
         return count
 

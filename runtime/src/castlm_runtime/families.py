@@ -219,14 +219,14 @@ def _gemma3_rope(config: Config, layer: int) -> dict[str, Any]:
     """Layers with a window have a rotary embedding of their own."""
     is_local = _gemma3_windows(config)[layer] > 0
     nested = config.get("rope_parameters") or {}
-    found = dict(nested.get("sliding_attention" if is_local else "full_attention") or {})
+    rope = dict(nested.get("sliding_attention" if is_local else "full_attention") or {})
     if not is_local:
-        found.update(config.get("rope_scaling") or {})
-    found.setdefault("rope_type", found.get("type", "default"))
+        rope.update(config.get("rope_scaling") or {})
+    rope.setdefault("rope_type", rope.get("type", "default"))
     theta = config.get("rope_local_base_freq", 10_000.0) if is_local else config.get("rope_theta", 1_000_000.0)
-    found.setdefault("rope_theta", theta)
-    found.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    return found
+    rope.setdefault("rope_theta", theta)
+    rope.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return rope
 
 
 def _gemma3_windows(config: Config) -> list[int]:

@@ -84,7 +84,7 @@ class LimitedProcess:
             until = time.monotonic() + _WALL_FACTOR * seconds
             try:
                 _write(process.stdin, content.encode(), payload)
-                reply, found = (_read_part(process.stdout, until) for _ in range(2))
+                reply, returned = (_read_part(process.stdout, until) for _ in range(2))
             except BaseException as error:  # Ctrl-C too: a reply that nobody read would be taken for the next one
                 _end(process)
                 if isinstance(error, TimeoutError) or process.returncode == -signal.SIGPROF:
@@ -97,7 +97,7 @@ class LimitedProcess:
             raise MemoryError
         if "error" in answer:
             raise CallError(answer["error"])
-        return answer["value"], found
+        return answer["value"], returned
 
     def _running(self) -> subprocess.Popen[bytes]:
         """The process, started if there is none of this process's own."""
@@ -174,16 +174,16 @@ def serve() -> None:
         payload = requests.read(int.from_bytes(requests.read(8), "little"))
         _limit_memory(own_bytes + call["num_bytes"])
         signal.setitimer(signal.ITIMER_PROF, call["seconds"])  # of processor time; SIGPROF ends this process
-        found = b""
+        answer = b""
         try:
-            value, found = function(call["request"], payload)
+            value, answer = function(call["request"], payload)
             reply = json.dumps({"value": value})
         except MemoryError:
             reply = json.dumps({"is_memory": True})
         except BaseException as error:  # the function runs a program of others and may raise anything
             reply = json.dumps({"error": str(error) or type(error).__name__})
         signal.setitimer(signal.ITIMER_PROF, 0)
-        _write(replies, reply.encode(), found)
+        _write(replies, reply.encode(), answer)
 
 
 def _limit_memory(num_bytes: int) -> None:

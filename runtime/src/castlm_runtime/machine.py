@@ -58,18 +58,18 @@ def address_space() -> int:
 
 def available_memory() -> float:
     """Bytes of memory that are free, or can be made free, within the limits of the process and of its cgroup."""
-    found = []
+    bounds = []
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+        bounds += [1024.0 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
-        found.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2)
+        bounds.append(float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / 2)
     most, _ = resource.getrlimit(resource.RLIMIT_AS)
     if most != resource.RLIM_INFINITY:
-        found.append(max(0.0, float(most - address_space())))
+        bounds.append(max(0.0, float(most - address_space())))
     for limit, used in _CGROUPS:
         try:
-            found.append(max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text())))
+            bounds.append(max(0.0, float(Path(limit).read_text()) - float(Path(used).read_text())))
         except (OSError, ValueError):  # no such file, or "max"
             continue
-    return min(found)
+    return min(bounds)

@@ -115,16 +115,16 @@ class PackedSpec:
     @property
     def features(self) -> Feature:
         """What a reader of this tensor must know."""
-        found = Feature(0)
+        needed = Feature(0)
         if self.m and 8 % self.m == 0:
-            found |= Feature.CODED_MASKS
+            needed |= Feature.CODED_MASKS
         if FORMATS[self.values].bits < 8:
-            found |= Feature[self.values.upper()]
+            needed |= Feature[self.values.upper()]
         if self.transposed:
-            found |= Feature.TRANSPOSED
+            needed |= Feature.TRANSPOSED
         if self.experts:
-            found |= Feature.EXPERTS
-        return found
+            needed |= Feature.EXPERTS
+        return needed
 
     def tensors(self) -> dict[str, tuple[str, tuple[int, int]]]:
         """dtype and shape of the stored tensors, by suffix: "values", "mask", "scales"."""
@@ -251,8 +251,8 @@ def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
     for file in sorted({tensor.file for tensor in tensors.values()}):
         with safe_open(file, framework="numpy") as opened:
             text = (opened.metadata() or {}).get(METADATA_KEY)
-        found = {} if text is None else _parse(text, file)
-        for stem, spec in found.items():
+        of_file = {} if text is None else _parse(text, file)
+        for stem, spec in of_file.items():
             for suffix, (dtype, shape) in spec.tensors().items():
                 part = tensors.get(f"{stem}.{suffix}")
                 is_here = part is not None and part.file == file
@@ -261,7 +261,7 @@ def read_specs(tensors: Mapping[str, StoredTensor]) -> dict[str, PackedSpec]:
                     raise InputError(
                         f"{stem}.{suffix} of {file} is {stored}, not {dtype} {shape}: pack the model again"
                     )
-        specs |= found
+        specs |= of_file
     known = {f"{stem}.{suffix}" for stem, spec in specs.items() for suffix in spec.tensors()}
     unnamed = {name for name in tensors.keys() - known if name.endswith((".values", ".mask", ".scales"))}
     plain_too = {spec.tensor_name(stem) for stem, spec in specs.items()} & tensors.keys()

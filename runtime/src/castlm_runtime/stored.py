@@ -223,14 +223,14 @@ class OpenFiles:
         """All bytes of a tensor, uint8, 1-D. Unlike the pages of a mapped file, they are freed with the result."""
         if tensor.file not in self._streams:
             self._streams[tensor.file] = open_regular(tensor.file)
-        found = np.empty(tensor.num_bytes, np.uint8)
+        content = np.empty(tensor.num_bytes, np.uint8)
         done, descriptor = 0, self._streams[tensor.file].fileno()
         while done < tensor.num_bytes:
-            count = os.preadv(descriptor, [found[done:].data], tensor.offset + done)
+            count = os.preadv(descriptor, [content[done:].data], tensor.offset + done)
             if not count:
                 raise InputError(f"{tensor.file} was cut short while {tensor.name} was read")
             done += count
-        return found
+        return content
 
 
 def non_finite_of(bits: np.ndarray, dtype: str) -> int:

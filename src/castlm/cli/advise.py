@@ -196,23 +196,23 @@ class AdviseCommand(LimitOptions):
         from castlm.lab.planning.law import Law, predict_perplexity
 
         facts = read_facts(Path(name))
-        found, pattern = facts.perplexity, recorded_pattern(facts)
-        is_known = found.known() and pattern is not None and facts.rounded is None  # else of rounded weights
+        measured, pattern = facts.perplexity, recorded_pattern(facts)
+        is_known = measured.known() and pattern is not None and facts.rounded is None  # else of rounded weights
         if not is_known or self.pattern not in (None, pattern):
-            found, pattern = Perplexities(), None
+            measured, pattern = Perplexities(), None
         if self.law is None:
-            return Quality(found.dense, found.final, "measured by its run", pattern)
+            return Quality(measured.dense, measured.final, "measured by its run", pattern)
         law = Law.from_dict(read_json_object(Path(self.law)))
-        of = parse_pattern(law.runs_of.get("pattern", "2:4"))
-        if self.pattern not in (None, of):
+        law_pattern = parse_pattern(law.runs_of.get("pattern", "2:4"))
+        if self.pattern not in (None, law_pattern):
             raise InputError(
-                f"{self.law} is the law of {of}, and --pattern is {self.pattern}: give the one or the other"
+                f"{self.law} is the law of {law_pattern}, and --pattern is {self.pattern}: give the one or the other"
             )
         assert self.train_tokens is not None  # checked in `run`
-        at = predict_perplexity(law, self.train_tokens)
-        interval = f"90 %: {at.low:.2f} to {at.high:.2f}"
-        source = f"{of} predicted by {self.law} for {at.tokens:.3g} training tokens ({interval})"
-        return Quality(found.dense, at.perplexity, source, of)
+        predicted = predict_perplexity(law, self.train_tokens)
+        interval = f"90 %: {predicted.low:.2f} to {predicted.high:.2f}"
+        source = f"{law_pattern} predicted by {self.law} for {predicted.tokens:.3g} training tokens ({interval})"
+        return Quality(measured.dense, predicted.perplexity, source, law_pattern)
 
     def _on_gpu(self) -> tuple[dict[str, Any], str]:
         from castlm.lab.advice.cpu import shapes_of

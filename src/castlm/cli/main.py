@@ -30,15 +30,15 @@ class Command(NamedTuple):
 
     def run(self, name: str, arguments: list[str]) -> int:
         """Runs the command of this name, and returns its exit code."""
-        found = self.place
-        if isinstance(found, str):
-            module, _, member = found.partition(".")
-            found = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
-        if isinstance(found, type):
+        command = self.place
+        if isinstance(command, str):
+            module, _, member = command.partition(".")
+            command = getattr(importlib.import_module(f"castlm.cli.{module}"), member)
+        if isinstance(command, type):
             from castlm.cli.command_line import parse
 
-            return int(parse(found, arguments, name).run())
-        return int(found(arguments))
+            return int(parse(command, arguments, name).run())
+        return int(command(arguments))
 
 
 COMMANDS: dict[str, Command] = {

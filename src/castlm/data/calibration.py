@@ -183,17 +183,17 @@ def _of_each(
 def _with_extra(
     documents: Documents | HubDocuments, encoder: Encoder, num_sequences: int, seq_len: int, seed: int
 ) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    found = list(islice(documents.pieces(None), CALIBRATION_POOL * num_sequences))
-    random.Random(seed).shuffle(found)
+    pool = list(islice(documents.pieces(None), CALIBRATION_POOL * num_sequences))
+    random.Random(seed).shuffle(pool)
     ids, extra = list[Tensor](), list[dict[str, Tensor]]()
-    for number, document in enumerate(found):
+    for number, document in enumerate(pool):
         tokens = encoder.conversation(document)
         if tokens.extra is not None and not tokens.extra.fits(seq_len):
             continue
         row, following = tokens.ids[:seq_len].tolist(), number
         while len(row) < seq_len:
-            following = (following + 1) % len(found)
-            row += encoder.text_alone(found[following].text)
+            following = (following + 1) % len(pool)
+            row += encoder.text_alone(pool[following].text)
         ids.append(torch.tensor(row[:seq_len]))
         extra.append(join_extra([tokens.extra], seq_len))
         if len(ids) == num_sequences:

@@ -121,14 +121,14 @@ class PackedSequences(Resumable):
         """The next sequences, each with the token after it: `seq_len` + 1 tokens."""
         first, end = self._token, self._token + num_sequences * self.seq_len
         self._fill(end + 1)  # one more: the label of the last token
-        found = Tokens.joined([piece.tokens for piece in self._pending])
+        joined = Tokens.joined([piece.tokens for piece in self._pending])
         self._token = end
         # The position names the document that the next sequence begins in: used-up documents leave the queue.
         while self._token >= len(self._pending[0].tokens.ids):
             self._token -= len(self._pending.popleft().tokens.ids)
         self.num_taken += num_sequences
         # seq_len 512: tokens 0 to 512, 512 to 1,024, ... Token 512 is the last label here and the first input there.
-        return [found.part(slice(start, start + self.seq_len + 1)) for start in range(first, end, self.seq_len)]
+        return [joined.part(slice(start, start + self.seq_len + 1)) for start in range(first, end, self.seq_len)]
 
     def batch(self, sequences: Sequence[Tokens]) -> dict[str, Tensor]:
         """`input_ids`, shifted `labels` and `position_ids`, int64, (num_sequences, seq_len)."""
@@ -322,11 +322,11 @@ class MixedSequences:
 
     def take(self, num_sequences: int) -> list[Any]:
         """The next sequences, for `batch`."""
-        found: list[Any] = []
-        while len(found) < num_sequences:
+        sequences: list[Any] = []
+        while len(sequences) < num_sequences:
             number = furthest_behind([part.num_taken for part in self._parts], self._weights)
-            found += self._parts[number].take(1)
-        return found
+            sequences += self._parts[number].take(1)
+        return sequences
 
     def state_dict(self) -> dict[str, Any]:
         """The position in each text, as plain JSON; the same on every rank."""

@@ -84,7 +84,7 @@ class ScoredText:
 
         Only the first sequence of a conversation with images is scored, since the others do not contain the images.
         """
-        found: list[Scored] = []
+        scored: list[Scored] = []
         for number, (begin, end) in enumerate(self.stretches):
             parts = scored_sequences(end - begin, seq_len, stride)
             if self.extra and (extra := self.extra[number]) is not None:
@@ -94,9 +94,9 @@ class ScoredText:
                         f"seq_len {seq_len}: raise seq_len, or leave it out of the evaluation text"
                     )
                 parts = parts[:1]
-            found += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]
+            scored += [Scored(begin + p.begin, begin + p.end, begin + p.first_scored, number) for p in parts]
         return [
-            s for s in found if not self.by_document or bool((self.labels[s.first_scored : s.end] != IGNORED).any())
+            s for s in scored if not self.by_document or bool((self.labels[s.first_scored : s.end] != IGNORED).any())
         ]
 
     def batch(self, sequences: Sequence[Scored], width: int, rows: int | None = None) -> dict[str, Tensor]:
@@ -171,7 +171,7 @@ def _with_extra(
     documents: Documents | HubDocuments, encoder: Encoder, limit: int | None, seed: int | None
 ) -> tuple[Tokens, tuple[ScoredExtra | None, ...]]:
     """The tokens of whole conversations up to `limit`, and what each brings beside them."""
-    found, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
+    encoded, extra, count = list[Tokens](), list[ScoredExtra | None](), 0
 
     def load(held: Document | None, position: Position) -> Extra | None:
         return encoder.conversation(held or next(documents.pieces(seed, position=position))).extra
@@ -183,8 +183,8 @@ def _with_extra(
         else:
             held = None if isinstance(documents, Documents) else piece  # a stream is not read again
             extra.append(ScoredExtra(partial(load, held, piece.position), tokens.extra.end, begin_of(piece.text)))
-        found.append(tokens._replace(extra=None))
+        encoded.append(tokens._replace(extra=None))
         count += len(tokens.ids)
         if limit is not None and count >= limit:
             break
-    return Tokens.joined(found), tuple(extra)
+    return Tokens.joined(encoded), tuple(extra)

@@ -99,7 +99,7 @@ class Encoder:
     def __call__(self, pieces: list[Document]) -> list[Tokens]:
         if any(piece.kind is not Kind.TEXT for piece in pieces):  # no dataset has both
             return [self.conversation(piece) for piece in pieces]
-        found = []
+        encoded = []
         for piece, ids in zip(pieces, self._ids_of(pieces)):
             if ids or not (piece.first and piece.last):
                 if piece.first:
@@ -107,8 +107,8 @@ class Encoder:
                 if piece.last:
                     ids = [*ids, self.eos]
             counts = [*[True] * (len(ids) - 1), False] if piece.is_cut and ids else None
-            found.append(Tokens.of(ids, counts, piece.first))
-        return found
+            encoded.append(Tokens.of(ids, counts, piece.first))
+        return encoded
 
     def _ids_of(self, pieces: list[Document]) -> list[list[int]]:
         """Tokenizes pieces of plain text to the tokens that the whole text would give.

@@ -143,12 +143,12 @@ def metrics_of(figures: dict[str, Any]) -> list[dict[str, Any]]:
 
     lm-eval names a figure "metric,filter". The filter stays in the name if there is one: "exact_match,strict-match".
     """
-    found = []
+    metrics = []
     for key, value in figures.items():
         metric, comma, answer_filter = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = figures.get(f"{metric}_stderr,{answer_filter}")
             stderr = float(error) if isinstance(error, float) else None
             name = metric if answer_filter == "none" else key
-            found.append({"metric": name, "value": float(value), "stderr": stderr})
-    return found
+            metrics.append({"metric": name, "value": float(value), "stderr": stderr})
+    return metrics

@@ -248,7 +248,7 @@ def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
 
     shapes = {name: tensor.shape for name, tensor in tensors.items() if len(tensor.shape) >= 2}
     places, uses = places_in(model, shapes), uses_of(model)
-    found: dict[str, StoredUse] = {}
+    stored_uses: dict[str, StoredUse] = {}
     for name, shape in shapes.items():
         place = places[name]
         if (use := uses.get(place.name)) is None:
@@ -262,7 +262,7 @@ def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
         is_whole = sorted(shape) == sorted(model.get_parameter(place.name).shape)
         is_layer = is_whole and type(module) in (nn.Linear, Conv1D)
         is_layer = is_layer or isinstance(getattr(module, "is_transposed", None), bool)
-        found[name] = StoredUse(
+        stored_uses[name] = StoredUse(
             place.name,
             len(shape) + axis if axis is not None and is_counted else None,
             use.width,
@@ -270,7 +270,7 @@ def _stored_uses(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) ->
             is_counted if use.summed else use.is_known,
             is_layer and is_counted and use.is_called,
         )
-    return found
+    return stored_uses
 
 
 def has_own_code(config: Config) -> bool:

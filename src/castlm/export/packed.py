@@ -410,21 +410,22 @@ def _tables(source: Path, stored: Mapping[str, StoredTensor]) -> dict[str, bool]
     tables = [module for module in (model.get_output_embeddings(), model.get_input_embeddings()) if module is not None]
     is_plain = can_pack_tables(model)
     paths = {module: path for path, module in model.named_modules() if module in tables}
-    found, layout = [], StoredLayout(model)
+    stored_names, layout = [], StoredLayout(model)
     for module in tables if is_plain else ():
         names = layout.to_stored({f"{paths[module]}.weight": module.get_parameter("weight")})
         possible = itertools.chain(*map(layout.possible_names, names))
         # DeepSeek-V4 renames `head.weight` alone: `head.values` would find no place.
         places = layout.possible_names(paths[module])
         loads = [name for name in possible if layout.loaded_name(name.removesuffix(".weight")) in places]
-        found += [name for name in loads if name in stored][:1]
-    has_own = len(set(found)) > 1 or getattr(tables[0], "bias", None) is not None
-    if not found or (opened.tie_word_embeddings and has_own):
+        stored_names += [name for name in loads if name in stored][:1]
+    has_own = len(set(stored_names)) > 1 or getattr(tables[0], "bias", None) is not None
+    if not stored_names or (opened.tie_word_embeddings and has_own):
         raise InputError(
-            f"{source} stores {' and '.join(found) or 'no plain head'}, and --head is for a head and an embedding that "
-            "look up and multiply alone, and are one table without a bias where config.json ties them: leave --head out"
+            f"{source} stores {' and '.join(stored_names) or 'no plain head'}, and --head is for a head and an "
+            "embedding that look up and multiply alone, and are one table without a bias where config.json ties them: "
+            "leave --head out"
         )
-    return {name: name == found[0] for name in found}
+    return {name: name == stored_names[0] for name in stored_names}
 
 
 def _packed(spec: PackedSpec, tensor: Tensor, rounded: Rounded | None) -> PackedTensor:

@@ -45,15 +45,15 @@ def is_empty(folder: Path) -> bool:
 
 def list_files(folder: Path) -> dict[str, list[int]]:
     """Size and time of change (ns) of every file below `folder`, except its record and lock; links are not followed."""
-    found, pending = {}, [folder]
+    files, pending = {}, [folder]
     while pending:
         for entry in os.scandir(pending.pop()):
             if entry.is_dir(follow_symlinks=False):
                 pending.append(Path(entry.path))
             else:
                 about = entry.stat(follow_symlinks=False)
-                found[os.path.relpath(entry.path, folder)] = [about.st_size, about.st_mtime_ns]
-    return {name: about for name, about in found.items() if name not in (OUTPUT, LOCK)}
+                files[os.path.relpath(entry.path, folder)] = [about.st_size, about.st_mtime_ns]
+    return {name: about for name, about in files.items() if name not in (OUTPUT, LOCK)}
 
 
 def unrecorded(folder: Path) -> dict[str, list[int]]:

@@ -312,10 +312,10 @@ class SampleFile:
         if number != self.samples or self._digest.hexdigest() != record.get("sha256"):
             raise changed
 
-    def add(self, found: Sequence[Sample | None], size: int) -> int:
+    def add(self, samples: Sequence[Sample | None], size: int) -> int:
         """Appends the new texts of a batch of `size` and records that it is done; returns their number."""
         rows = []
-        for place, sample in enumerate(found, self.batches * size):
+        for place, sample in enumerate(samples, self.batches * size):
             prompt = prompt_of(self._prompts, place)
             if sample is None or not generated_of(sample.row, prompt).strip():
                 self.dropped += 1

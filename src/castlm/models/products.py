@@ -335,15 +335,15 @@ def _through_view(
     views = function(probe, *args[1:], **kwargs)
 
     def labels_of(view: Tensor) -> Labels:
-        found = []
+        of_view = []
         for size, stride in zip(view.shape, view.stride()):
             inside = frozenset[tuple[str, int]]()
             for of_axis, length, step in zip(labels, probe.shape, probe.stride()):
                 # The axis of the view runs over offsets from `stride` on to `stride * size`; the tensor's, likewise.
                 if min(size, length) > 1 and stride and step < stride * size and stride < step * length:
                     inside |= of_axis
-            found.append(inside)
-        return tuple(found)
+            of_view.append(inside)
+        return tuple(of_view)
 
     return [labels_of(view) for view in views] if isinstance(views, list | tuple) else [labels_of(views)]
 

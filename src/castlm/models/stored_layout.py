@@ -71,16 +71,16 @@ class StoredLayout:
             fqn: the name of the layer in the model.
             layer: the layer, if it does not stand in the model yet.
         """
-        found = layer or self.model.get_submodule(fqn)
-        assert isinstance(found, SparseLayer)
-        shape = weight_parameter(found).shape  # not `layer.weight`, which gathers a scaled weight from all ranks
-        if isinstance(found, ExpertLinear) and not found.transposed and (each := self._parts_of_experts(fqn, found)):
+        module = layer or self.model.get_submodule(fqn)
+        assert isinstance(module, SparseLayer)
+        shape = weight_parameter(module).shape  # not `layer.weight`, which gathers a scaled weight from all ranks
+        if isinstance(module, ExpertLinear) and not module.transposed and (each := self._parts_of_experts(fqn, module)):
             return each
-        form = _in_files(found, torch.empty(shape, device="meta"))
-        stored = self._converted({_state_dict_name(found, fqn): form})
-        whole = slice(0, found.out_features)
+        form = _in_files(module, torch.empty(shape, device="meta"))
+        stored = self._converted({_state_dict_name(module, fqn): form})
+        whole = slice(0, module.out_features)
         return [
-            Part(name, tuple(tensor.shape), None, whole, tensor.dim() - (2 if _is_transposed(found) else 1))
+            Part(name, tuple(tensor.shape), None, whole, tensor.dim() - (2 if _is_transposed(module) else 1))
             for name, tensor in stored.items()
         ]
 
@@ -91,7 +91,7 @@ class StoredLayout:
         """
         numbers = torch.arange(layer.num_experts * layer.out_features, device="cpu")
         numbers = numbers.view(layer.num_experts, layer.out_features, 1)  # (4, 96, 1) of 4 experts with 96 rows
-        found = []
+        parts = []
         for name, piece in self._converted({fqn: numbers}).items():
             flat = piece.flatten()
             first, count = int(flat[0]), len(flat)
@@ -99,8 +99,8 @@ class StoredLayout:
             together = torch.equal(flat, torch.arange(first, first + count, device="cpu"))
             if piece.shape != (count, 1) or not together or row + count > layer.out_features:
                 return None
-            found.append(Part(name, (count, layer.in_features), expert, slice(row, row + count), 1))
-        return sorted(found, key=lambda part: (part.expert or 0, part.rows.start))
+            parts.append(Part(name, (count, layer.in_features), expert, slice(row, row + count), 1))
+        return sorted(parts, key=lambda part: (part.expert or 0, part.rows.start))
 
     # ---- all weights
 

@@ -55,7 +55,7 @@ def stored_weights(
     if index.name in (INDEX, PACKED_INDEX) and index.is_file() and (packed or not Path(target, SINGLE).exists()):
         read_weight_map(index)  # reports a damaged index better than transformers
     try:
-        found, sharded = _get_resolved_checkpoint_files(
+        resolved, sharded = _get_resolved_checkpoint_files(
             pretrained_model_name_or_path=str(target),
             variant=None,
             gguf_file=None,
@@ -68,7 +68,7 @@ def stored_weights(
     except Exception as error:  # of any type
         where, lacks = index if index.is_file() else target, "it lacks " if isinstance(error, KeyError) else ""
         raise InputError(f"transformers finds no weights in {where}: {lacks}{one_line(error)}") from error
-    files = [Path(file) for file in found or ()]
+    files = [Path(file) for file in resolved or ()]
     weight_map: Mapping[str, Any] = (sharded or {}).get("weight_map", {})
     for name in [*weight_map.values(), *(file.name for file in files)]:
         check_weight_name(name, target)

@@ -65,7 +65,7 @@ def see_inputs(
             watch.collects_linear = False  # their sums are complete; a second round would add them twice
             watch.run_batches()
         watch.end(accumulator)
-    check_reached(layers, watch.found)
+    check_reached(layers, watch.by_layer)
     return watch.seen
 
 
@@ -84,7 +84,7 @@ class _LayerHooks:
         self.layers = {name: layer for name, layer in layers.items() if isinstance(layer, nn.Linear)}
         self.routed = routed_in(inputs.blocks[inputs.block_index], layers, accumulator, num_sequences)
         self.collects_linear = True  # whether inputs of linear layers are collected
-        self.found: dict[str, LayerInput | RoutedInputs] = {}
+        self.by_layer: dict[str, LayerInput | RoutedInputs] = {}
         self.num_calls = 0
         """Calls of the layers in this pass."""
         self.last_call = 0
@@ -93,7 +93,7 @@ class _LayerHooks:
     @property
     def seen(self) -> Seen:
         """The inputs that are found, in the order of the calls."""
-        return list(dict.fromkeys(self.found.values()))
+        return list(dict.fromkeys(self.by_layer.values()))
 
     def run_batches(self) -> None:
         """Runs the block on all batches, or until all layers are reached if no statistics are collected."""
@@ -108,7 +108,7 @@ class _LayerHooks:
                 for number in batches:
                     for turn in range(max((routed.num_turns for routed in self.routed), default=1)):
                         self._run_batch(number, turn, num_layers)
-                    if self.accumulator is None and self.wanted <= self.found.keys():
+                    if self.accumulator is None and self.wanted <= self.by_layer.keys():
                         return
                 if self.accumulator is not None:
                     self._find_as_main()
@@ -125,23 +125,23 @@ class _LayerHooks:
                 self.inputs.seen_outputs = output
         if self.last_call == 0:
             # not where a pass leaves experts out, or where their products are watched to the end
-            all_called = self.num_calls == len(self.found) == num_layers
+            all_called = self.num_calls == len(self.by_layer) == num_layers
             self.last_call = self.num_calls if all_called else -1
-        for seen in self.found.values():
+        for seen in self.by_layer.values():
             if isinstance(seen, LayerInput):
                 seen.current = None  # the tensors of this pass can be freed
 
     def _find_as_main(self) -> None:
         """Gives a rank without batches the inputs that rank 0 has found, and every rank samples of the same shape."""
-        ranks, found = self.inputs.division.ranks, self.found
+        ranks, found = self.inputs.division.ranks, self.by_layer
         if ranks.size == 1:
             return
         own = [(seen.names, seen.sample.shape if isinstance(seen, LayerInput) else None) for seen in self.seen]
         routed = {seen.names[0]: seen for each in self.routed for seen in each.inputs.values()}
-        self.found = {}
+        self.by_layer = {}
         for names, shape in ranks.on_main(lambda: own, patient=True):
             if shape is None:
-                self.found[names[0]] = routed[names[0]]
+                self.by_layer[names[0]] = routed[names[0]]
                 continue
             entry = found.get(names[0])
             if entry is None:
@@ -149,7 +149,7 @@ class _LayerHooks:
                 entry.names = list(names)
             assert isinstance(entry, LayerInput)
             entry.fit_sample(shape)
-            self.found |= dict.fromkeys(names, entry)
+            self.by_layer |= dict.fromkeys(names, entry)
         for each in self.routed:
             each.share(ranks, self.inputs.device)
 
@@ -159,17 +159,17 @@ class _LayerHooks:
             entry.end(self.inputs.division.ranks, accumulator)
 
     def _find_experts(self, seen: RoutedInputs) -> None:
-        self.found[seen.names[0]] = seen
+        self.by_layer[seen.names[0]] = seen
 
     def _before(self, name: str, x: Tensor) -> None:
         if self.collects_linear:
-            seen = self.found.get(name)
+            seen = self.by_layer.get(name)
             if seen is None:
                 # q, k and v are called with one and the same tensor: they share one Hessian, and are solved together.
-                others = [entry for entry in self.found.values() if isinstance(entry, LayerInput)]
+                others = [entry for entry in self.by_layer.values() if isinstance(entry, LayerInput)]
                 shared = next((entry for entry in others if entry.current is x), None)
                 seen = shared or LayerInput(x, self.accumulator)
-                self.found[name] = seen
+                self.by_layer[name] = seen
                 seen.names.append(name)
             assert isinstance(seen, LayerInput)
             if seen.current is not x:

@@ -142,7 +142,7 @@ class Greedy:
     def __call__(self, ids: Tensor, num_tokens: int) -> Tensor:
         """`ids` (1, num_prompt), continued by exactly `num_tokens`."""
         if self.engine is None:
-            found = generating(self.model).generate(
+            generated = generating(self.model).generate(
                 input_ids=ids,
                 attention_mask=torch.ones_like(ids),
                 max_new_tokens=num_tokens,
@@ -154,8 +154,8 @@ class Greedy:
                 num_return_sequences=1,
                 return_dict_in_generate=False,
             )
-            assert isinstance(found, Tensor)
-            return found
+            assert isinstance(generated, Tensor)
+            return generated
         tokens = ids[0].tolist()
         logits, num_read = np.empty(self.engine.vocabulary, np.float32), 0
         cache = self._cache_for(len(tokens) + num_tokens)

@@ -69,12 +69,12 @@ class _Choice:
         if not self._wants_logprobs:
             return None
         first, self._num_scored = self._num_scored, num_tokens
-        found = [*(self.answer.prompt_logprobs if with_prompt else ()), *self.answer.logprobs[first:num_tokens]]
-        if not found:
+        new = [*(self.answer.prompt_logprobs if with_prompt else ()), *self.answer.logprobs[first:num_tokens]]
+        if not new:
             return None
-        return self._of_chat(found) if self._is_chat else self._of_completion(found)
+        return self._of_chat(new) if self._is_chat else self._of_completion(new)
 
-    def _of_chat(self, found: Sequence[Logprob]) -> dict[str, Any]:
+    def _of_chat(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         def entry(token: int, value: float | None) -> dict[str, Any]:
             content = self._tokenizer.token_bytes(token)
             text = self._tokenizer.token_text(token)
@@ -82,14 +82,14 @@ class _Choice:
 
         return {
             "content": [
-                {**entry(one.token, one.value), "top_logprobs": [entry(*best) for best in one.best]} for one in found
+                {**entry(one.token, one.value), "top_logprobs": [entry(*best) for best in one.best]} for one in logprobs
             ],
             "refusal": None,
         }
 
-    def _of_completion(self, found: Sequence[Logprob]) -> dict[str, Any]:
+    def _of_completion(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         texts, offsets, tops = [], [], []
-        for token, value, best in found:
+        for token, value, best in logprobs:
             text = self._tokenizer.token_text(token)
             texts.append(text)
             offsets.append(self._offset)
@@ -100,7 +100,7 @@ class _Choice:
                 for other, other_value in (*best, (token, value)):
                     top.setdefault(self._tokenizer.token_text(other), other_value)  # the most probable of one text
             tops.append(top)
-        values = [one.value for one in found]
+        values = [one.value for one in logprobs]
         return {"tokens": texts, "token_logprobs": values, "top_logprobs": tops, "text_offset": offsets}
 
 

@@ -83,12 +83,12 @@ def _overlap(text: str, mark: str) -> int:
 
 def _call_of(text: str) -> Call | None:
     try:
-        found = json.loads(text)
+        call = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("name"), str):
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         return None
-    arguments = found.get("arguments", {})
+    arguments = call.get("arguments", {})
     if not isinstance(arguments, dict):
         return None
-    return Call(f"call_{uuid.uuid4().hex}", found["name"], json.dumps(arguments, ensure_ascii=False))
+    return Call(f"call_{uuid.uuid4().hex}", call["name"], json.dumps(arguments, ensure_ascii=False))

@@ -81,7 +81,7 @@ def recipes() -> tuple[Recipe, ...]:
     tables = json.loads(files("castlm.lab.advice").joinpath("sizes.json").read_text(encoding="utf-8"))
     large, smaller, heads = (_column(tables[name], "perplexity") for name in ("smollm2", "stories260k", "heads"))
     minutes = _column(tables["smollm2"], "processor minutes")
-    found = {}
+    by_option = {}
     for name, perplexity in large.items():
         option = parse_option(name)
         others = [head for head in heads if name != "dense bf16" and head != option.head]
@@ -91,9 +91,9 @@ def recipes() -> tuple[Recipe, ...]:
             of_smaller = smaller.get(f"{option.pattern} {option.values}")
             again = None if of_smaller is None else of_smaller / smaller["dense bf16"]
             recipe = Recipe(replace(option, head=head), factor, again, minutes.get(name, 0.0))
-            if head == option.head or recipe.option not in found:
-                found[recipe.option] = recipe
-    return tuple(recipe for recipe in found.values() if recipe.option.head != "bf16")
+            if head == option.head or recipe.option not in by_option:
+                by_option[recipe.option] = recipe
+    return tuple(recipe for recipe in by_option.values() if recipe.option.head != "bf16")
 
 
 def _column(table: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -122,7 +122,7 @@ class Limits:
 class Choice:
     """The recipes for a model, and the best one under the limits."""
 
-    found: Sequence[tuple[Recipe, int, float | None]]
+    candidates: Sequence[tuple[Recipe, int, float | None]]
     """Each recipe with its bytes and the seconds of a token's linear layers on this machine, None if not timed."""
     best: Recipe
     num_weights: int
@@ -135,16 +135,16 @@ class Choice:
 
     def text(self, commands: Commands) -> str:
         """The table, the recipe as commands, and what they cost."""
-        is_timed = self.found[0][2] is not None
+        is_timed = self.candidates[0][2] is not None
         table = [["", "recipe", "MB", f"perplexity, {MODEL}", "stories260K", *(["tokens/s"] if is_timed else [])]]
-        for recipe, size, seconds in self.found:
+        for recipe, size, seconds in self.candidates:
             smaller = "" if recipe.smaller is None else f"{recipe.smaller:.2f}x"
             speed = [] if seconds is None else [f"{1 / seconds:,.0f}"]
             mark = "->" if recipe is self.best else ""
             table.append([mark, recipe.option.name, f"{size / 1e6:,.1f}", f"{recipe.factor:.2f}x", smaller, *speed])
         lines = [*aligned(table), "", *(shlex.join(["castlm", *words]) for words in commands), ""]
         cost = f"About {self.minutes:,.0f} processor minutes" if self.best.trains else "A minute or two"
-        best, errors = self.best, [abs(math.log(r.factor / r.smaller)) for r, *_ in self.found if r.smaller]
+        best, errors = self.best, [abs(math.log(r.factor / r.smaller)) for r, *_ in self.candidates if r.smaller]
         differ = f", which differ by up to {math.expm1(max(errors)):.0%}" if errors else ""
         lines += [
             f"{cost}, and {best.factor:.2f} times the perplexity of the dense model after the same training.",
@@ -166,7 +166,7 @@ class Choice:
                 "tokens_per_second": None if seconds is None else 1 / seconds,
                 "is_best": recipe is self.best,
             }
-            for recipe, size, seconds in self.found
+            for recipe, size, seconds in self.candidates
         ]
         return {"recipes": rows, "commands": [["castlm", *words] for words in commands], "minutes": self.minutes}
 
@@ -195,20 +195,20 @@ def choose(
     if seconds is not None:
         options = list(dict.fromkeys(recipe.option for recipe in fitting))
         totals = time_options(options, shapes, {"one token": 1}, seconds, load, progress)
-        timed = {option: found["one token"] for option, found in totals.items()}
-    found = sorted(((r, sizes[r], timed.get(r.option)) for r in fitting), key=lambda row: -row[1])
+        timed = {option: times["one token"] for option, times in totals.items()}
+    candidates = sorted(((r, sizes[r], timed.get(r.option)) for r in fitting), key=lambda row: -row[1])
     kept = [
         (recipe, size)
-        for recipe, size, time in found
+        for recipe, size, time in candidates
         if (limits.megabytes is None or size <= limits.megabytes * 1e6)
         and (limits.factor is None or recipe.factor <= limits.factor)
         and (limits.tokens_per_second is None or (time is not None and 1 / time >= limits.tokens_per_second))
     ]
     if not kept:
-        raise InputError(_refusal(limits, found))
+        raise InputError(_refusal(limits, candidates))
     only_factor = limits.megabytes is None and limits.tokens_per_second is None
     best, _ = min(kept, key=lambda row: (row[1], row[0].factor) if only_factor else (row[0].factor, row[1]))
-    return Choice(found, best, shapes.num_weights, load)
+    return Choice(candidates, best, shapes.num_weights, load)
 
 
 def _fits(option: Option, shapes: Shapes) -> bool:
@@ -218,15 +218,15 @@ def _fits(option: Option, shapes: Shapes) -> bool:
     return option.head in HEADS and 2 * divided >= len(widths)
 
 
-def _refusal(limits: Limits, found: Sequence[tuple[Recipe, int, float | None]]) -> str:
+def _refusal(limits: Limits, candidates: Sequence[tuple[Recipe, int, float | None]]) -> str:
     """The limits that no recipe keeps, with the best value of each."""
     parts = []
     if limits.megabytes is not None:
-        parts.append(f"megabytes {limits.megabytes:g} (the smallest recipe has {found[-1][1] / 1e6:,.1f})")
+        parts.append(f"megabytes {limits.megabytes:g} (the smallest recipe has {candidates[-1][1] / 1e6:,.1f})")
     if limits.factor is not None:
-        least = min(recipe.factor for recipe, *_ in found)
+        least = min(recipe.factor for recipe, *_ in candidates)
         parts.append(f"perplexity_at_most {limits.factor:g}x (the best has {least:.3f}x)")
     if limits.tokens_per_second is not None:
-        fastest = max(1 / time for *_, time in found if time is not None)
+        fastest = max(1 / time for *_, time in candidates if time is not None)
         parts.append(f"tokens_per_second {limits.tokens_per_second:g} (the fastest has {fastest:,.0f})")
     return f"no recipe has {' and '.join(parts)}: allow more"

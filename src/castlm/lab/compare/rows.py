@@ -195,18 +195,18 @@ def options_of(variants: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str,
     names -= without_result(TrainConfig.sections().values())
     of_methods = {name for method in METHODS.values() for name in method.options}
     differing = [name for name in sorted(names - of_methods) if len({str(config.get(name)) for config in trained}) > 1]
-    found: dict[str, dict[str, Any]] = {}
+    options: dict[str, dict[str, Any]] = {}
     for variant, config in variants.items():
         method = str(config["method"])
         if method in ONESHOT:
-            found[variant] = (
+            options[variant] = (
                 {} if method == "magnitude" else {"calibration_sequences": config.get("calibration_sequences")}
             )
             continue
         run = TrainConfig.from_mapping({**config, "output_dir": method})  # which no effect depends on
         own = [name for name in METHODS[method].options if run.needs(name) is None]
-        found[variant] = {name: config[name] for name in (*own, *differing) if config.get(name) is not None}
-    return found
+        options[variant] = {name: config[name] for name in (*own, *differing) if config.get(name) is not None}
+    return options
 
 
 def untouched_perplexity(results: list[Result]) -> float | None:

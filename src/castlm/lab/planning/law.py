@@ -198,15 +198,15 @@ def predict_perplexity(law: Law, tokens: float) -> Prediction:
     """
     low, high = interval(np.exp(law.run_losses(tokens)))
     smallest, largest = law.tokens_range
-    least, found = law.least_ppl or 0.0, float(np.exp(law.loss(tokens)))
+    least, predicted = law.least_ppl or 0.0, float(np.exp(law.loss(tokens)))
     return Prediction(
         tokens,
-        perplexity=max(found, least),
+        perplexity=max(predicted, least),
         low=max(low, least),
         high=max(high, least),
         beyond=max(1.0, tokens / largest),
         below=max(1.0, smallest / tokens),
-        is_least=found < least,
+        is_least=predicted < least,
     )
 
 

@@ -158,10 +158,10 @@ def line_chart(
     def draw(axes: Axes) -> None:
         for line in series:
             spreads = line.spread or [0.0] * len(line.points)
-            found = [(x, y, half) for (x, y), half in zip(line.points, spreads) if math.isfinite(y)]
-            if not found:
+            finite = [(x, y, half) for (x, y), half in zip(line.points, spreads) if math.isfinite(y)]
+            if not finite:
                 continue
-            x, y, half = zip(*found)
+            x, y, half = zip(*finite)
             colour = LIGHT_SERIES[line.colour % len(LIGHT_SERIES)]
             axes.plot(
                 x,
@@ -170,7 +170,7 @@ def line_chart(
                 linestyle="-" if line.colour < len(LIGHT_SERIES) else "--",  # from here on, colours repeat
                 linewidth=0.8 if line.faint else 1.5,
                 alpha=0.35 if line.faint else 1.0,
-                marker="o" if line.marks or len(found) == 1 else "",
+                marker="o" if line.marks or len(finite) == 1 else "",
                 markersize=5,
                 zorder=2 if line.faint else 3,
                 label=None if line.faint else clipped(line.name),

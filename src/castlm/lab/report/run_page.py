@@ -172,18 +172,22 @@ def _verdict(run: RunData) -> dict[str, str]:
     known = run.perplexity
     if not known.known():
         return {"kind": "running", "badge": "running", "sentence": "The first evaluation is not done yet."}
-    found = (run.facts.verdict if run.facts else None) or verdict(known)
+    judged = (run.facts.verdict if run.facts else None) or verdict(known)
     if not run.is_finished:
-        sentence = f"Step {run.step:,} of {run.config.optimizer.max_steps:,}. So far: {_sentence(run, found)}"
-        return {"kind": "running" if found.ok else "bad", "badge": "running", "sentence": sentence}
-    return {"kind": "good" if found.ok else "bad", "badge": found.outcome or "done", "sentence": _sentence(run, found)}
+        sentence = f"Step {run.step:,} of {run.config.optimizer.max_steps:,}. So far: {_sentence(run, judged)}"
+        return {"kind": "running" if judged.ok else "bad", "badge": "running", "sentence": sentence}
+    return {
+        "kind": "good" if judged.ok else "bad",
+        "badge": judged.outcome or "done",
+        "sentence": _sentence(run, judged),
+    }
 
 
-def _sentence(run: RunData, found: Verdict) -> str:
+def _sentence(run: RunData, judged: Verdict) -> str:
     """The reason of a verdict, and the share of the logarithmic gap to the dense model that training closed."""
-    known, sentence = run.perplexity, found.reason
+    known, sentence = run.perplexity, judged.reason
     final, dense, one_shot = known.final, known.dense, known.one_shot
-    if found.ok and final and dense and one_shot and one_shot > dense:
+    if judged.ok and final and dense and one_shot and one_shot > dense:
         recovered = math.log(one_shot / final) / math.log(one_shot / dense)
         sentence += f"; training recovered {recovered:.0%} of what one-shot pruning lost"
     return f"{sentence[0].upper()}{sentence[1:]}."

@@ -233,20 +233,20 @@ def round_blocks(
 
 def stored_layers(model: PreTrainedModel, layers: Mapping[str, Rounded]) -> dict[str, Rounded]:
     """Converts `layers` to the layout of the files: names on disk, and experts split or stacked as there."""
-    found: dict[str, Rounded] = {}
+    stored: dict[str, Rounded] = {}
     layout = StoredLayout(model)
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and name in layers:
             (part,) = layout.parts(name)
-            found[part.stem] = layers[name]
+            stored[part.stem] = layers[name]
         if isinstance(layer, ExpertLinear) and f"{name}.0" in layers:
             experts = [layers[f"{name}.{expert}"] for expert in range(layer.num_experts)]
             for part in layout.parts(name):
                 if part.expert is None:  # all experts in one tensor: their rows follow each other
                     # 8 experts, (1408, 2048) codes each -> (11264, 2048)
                     codes, scales = (torch.cat([getattr(each, of) for each in experts]) for of in ("codes", "scales"))
-                    found[part.stem] = Rounded(experts[0].kind, codes, scales)
+                    stored[part.stem] = Rounded(experts[0].kind, codes, scales)
                 else:
                     one = experts[part.expert]
-                    found[part.stem] = Rounded(one.kind, one.codes[part.rows], one.scales[part.rows])
-    return found
+                    stored[part.stem] = Rounded(one.kind, one.codes[part.rows], one.scales[part.rows])
+    return stored

@@ -154,7 +154,7 @@ def prune_seen(
     results = []
     for each in seen:
         weights = matrices({name: layers[name] for name in each.names})
-        found = []
+        pruned = []
         for entry in each.entries():
             alike: dict[Settings, dict[str, Tensor]] = {}
             for name in entry.names:
@@ -164,11 +164,11 @@ def prune_seen(
             for number, (settings, together) in enumerate(alike.items(), 1):
                 # a solver may overwrite the statistic
                 entry.statistic = whole if number == len(alike) else whole.clone()
-                found += prune_layers(together, entry, solver, settings, ranks)
-        assert len(found) == len(weights)
+                pruned += prune_layers(together, entry, solver, settings, ranks)
+        assert len(pruned) == len(weights)
         if layers[each.names[0]].weight.dim() == 3:
-            found = [LayerResult.of_matrices(each.names[0], found, each.num_few)]
-        results += found
+            pruned = [LayerResult.of_matrices(each.names[0], pruned, each.num_few)]
+        results += pruned
     return results
 
 
