@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from castlm.core.blocks import in_block
 from castlm.core.errors import check_type
 
-PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
+_PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 """The names that transformers gives the 3-D weights of a module of experts."""
+
+
+def projections_of(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The 3-D weights of a module of experts by name; empty for a module that states no orientation."""
+    if not isinstance(getattr(module, "is_transposed", None), bool):
+        return {}
+    weights = dict(module.named_parameters(recurse=False))
+    return {name: weights[name] for name in _PROJECTIONS if name in weights and weights[name].dim() == 3}
 
 
 @dataclass(frozen=True)
@@ -108,13 +116,9 @@ def linearize_experts_(model: nn.Module, stacks: Mapping[str, Stack] | None = No
     check_type(model, nn.Module, "model must be an nn.Module", "pass castlm.load_model(NAME).model")
     found = dict(stacks or {})
     for fqn, module in model.named_modules():
-        transposed = getattr(module, "is_transposed", None)
-        if not isinstance(transposed, bool) or not in_block(fqn):
-            continue
-        weights = dict(module.named_parameters(recurse=False))
-        for name in PROJECTIONS:
-            if name in weights and weights[name].dim() == 3:
-                found[f"{fqn}.{name}"] = Stack(len(weights[name]), transposed, False, fqn)
+        for name, weight in projections_of(module).items() if in_block(fqn) else ():
+            experts: Any = module
+            found[f"{fqn}.{name}"] = Stack(len(weight), experts.is_transposed, False, fqn)
     for path, stack in found.items():
         fqn, _, name = path.rpartition(".")
         owner = model.get_submodule(fqn)

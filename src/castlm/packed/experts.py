@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from castlm.core.errors import InputError
-from castlm.core.experts import PROJECTIONS, ExpertLinear, activate
+from castlm.core.experts import ExpertLinear, activate, projections_of
 from castlm.models.stored_layout import StoredLayout
 from castlm.packed.layers import PackedLinear, PackedModule
 from castlm.packed.tensor import PackedTensor, unpack
@@ -183,11 +183,8 @@ def replace_experts_(model: PreTrainedModel, specs: Mapping[str, PackedSpec]) ->
     placed: dict[str, str] = {}
     stored_at = set(map(StoredLayout(model).loaded_name, specs))
     for fqn, module in list(model.named_modules()):
-        weights = dict(module.named_parameters(recurse=False))
-        names = [name for name in PROJECTIONS if name in weights and weights[name].dim() == 3]
-        if not names or not isinstance(getattr(module, "is_transposed", None), bool):
-            continue
-        if not any(path.startswith(f"{fqn}.") for path in stored_at):
+        names = projections_of(module)
+        if not names or not any(path.startswith(f"{fqn}.") for path in stored_at):
             continue
         packed = PackedExperts(module)
         for name in names:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from castlm.core.experts import PROJECTIONS, ExpertLinear
+from castlm.core.experts import ExpertLinear, projections_of
 from castlm.dtypes import FLOAT_NAMES
 from castlm.models.architecture import generating
 from castlm.models.stored_layout import StoredLayout
@@ -35,11 +35,8 @@ class MemoryWeights:
 
     def _experts_of(self, fqn: str) -> Iterator[tuple[str, Tensor]]:
         """The matrices of a module of experts that is not packed, by their names in the files."""
-        module = self.modules[fqn]
-        for name in PROJECTIONS if isinstance(getattr(module, "is_transposed", None), bool) else ():
-            weight = module._parameters.get(name)
-            if weight is None or weight.dim() != 3:
-                continue
+        module: Any = self.modules[fqn]
+        for name, weight in projections_of(module).items():
             with torch.device("meta"):
                 like = ExpertLinear(torch.empty(weight.shape), module.is_transposed)
             for part in self.layout.parts(f"{fqn}.{name}", like):
