@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from castlm_runtime import engine as engine_module
+from castlm_runtime.defaults import Defaults
 from castlm_runtime.engine import Engine
 from castlm_runtime.sampler import Chosen
 from castlm_runtime.server.app import make_app
@@ -323,7 +324,8 @@ def test_a_key_is_asked_for(engine):
     with_client(engine, use, api_key="secret")
 
 
-def test_metrics_and_the_log(engine):
+def test_metrics_and_the_log(engine, monkeypatch):
+    monkeypatch.setattr(engine, "defaults", Defaults())  # a random model may end at any token
     lines: list[str] = []
 
     async def use(client: openai.AsyncOpenAI) -> str:
