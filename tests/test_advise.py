@@ -17,6 +17,7 @@ from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.export.packed import pack_folder
+from castlm.facts import Facts
 from castlm.lab.advice import cpu as advise_module
 from castlm.lab.advice import recipes as recipes_module
 from castlm.lab.advice.cpu import (
@@ -278,6 +279,18 @@ def test_the_bytes_of_a_recipe_are_those_of_the_table(smollm2):
         assert option.name == name
 
 
+def test_scales_alone_are_trained_where_that_is_better_than_training_the_weights():
+    tables = json.loads((RESULTS / "sizes.json").read_text())
+    of_weights = {row[0]: row[3] for row in tables["smollm2"]["rows"]}
+    by_name = {recipe.option.name: recipe for recipe in recipes_module.recipes()}
+    for weights, _, of_scales, _ in tables["oneshot"]["rows"]:
+        name = f"{weights}, int8 head"
+        best = min(of_weights[name], of_scales)
+        assert by_name[name].factor == pytest.approx(best / of_weights["dense bf16"])
+        assert by_name[name].trains_scales == (best == of_scales)
+    assert {recipe.trains_scales for recipe in by_name.values()} == {True, False}
+
+
 def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perplexity_alone_is_limited(smollm2):
     def recipe(values, factor, n=0, m=0):
         return Recipe(Option(values, n, m, "int8"), factor)
@@ -335,6 +348,18 @@ def test_limits_that_no_recipe_keeps_are_refused(llama, capsys):
 
 
 SHORT = ("--max-steps", "2", "--seq-len", "64")
+
+
+@needs_kernels
+@pytest.mark.slow
+@pytest.mark.parametrize("head", ["int8", "int4"])  # int8 reads no text
+def test_shrink_trains_scales_alone(head, llama, text, tmp_path, monkeypatch):
+    recipe = Recipe(Option("int3", 0, 0, head), 1.0, trains_scales=True)
+    monkeypatch.setattr(recipes_module, "recipes", lambda: (recipe,))
+    assert main(["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), *SHORT]) == 0
+    specs = read_specs(read_header(tmp_path / "out" / "packed" / FILE)).values()
+    assert {spec.values for spec in specs} == {"int3", head}
+    assert Facts.read(tmp_path / "out" / "packed").quantized.train_steps == 2
 
 
 @needs_kernels

@@ -24,6 +24,8 @@ from castlm_runtime.formats import FORMATS, HEADS
 
 MODEL, NUM_WEIGHTS, STEPS, TOKENS = "SmolLM2-135M", 134_515_008, 100, 512
 """The model of the table, and its training: steps, and tokens of a step."""
+SCALES = "GPTQ, 64 sequences, then 100 steps of the scales"
+"""The column of the table of models whose weights are not trained; their head is int8."""
 
 Commands = list[list[str]]
 """Arguments of commands, without the first word `castlm`."""
@@ -40,18 +42,24 @@ class Recipe:
     """The same of stories260K, if it was measured."""
     minutes: float = 0.0
     """Processor minutes of SmolLM2-135M for the start and the training."""
+    trains_scales: bool = False
+    """Whether the dense model is rounded and its scales alone are trained, instead of its weights."""
 
     @property
     def trains(self) -> bool:
-        """Whether the model is trained with rounded weights; int8 loses too little for that."""
+        """Whether anything is trained; int8 loses too little for that."""
         return FORMATS[self.option.values].group > 0
 
     def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
         """The commands that make it: a run in `folder`/run, if it trains, and the packed model in `folder`/packed."""
         run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
         ends += ["--calibration", text] if FORMATS[self.option.head].reads_text else []
-        if not self.trains:
-            return [["quantize", model, "--kind", self.option.values, "--packed", *ends]]
+        if not self.trains or self.trains_scales:
+            quantize = ["quantize", model, "--kind", self.option.values, "--packed"]
+            if self.trains_scales:
+                reads = [] if "--calibration" in ends else ["--calibration", text]
+                quantize += ["--train-steps", str(max_steps), "--seq-len", str(seq_len), *reads]
+            return [[*quantize, *ends]]
         train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
         train += ["--pattern", self.option.pattern] if self.option.is_sparse else ["--method", "dense"]
         train += ["--weight-bits", str(FORMATS[self.option.values].bits), "--max-steps", str(max_steps)]
@@ -74,9 +82,10 @@ def parse_option(name: str) -> Option:
 
 @cache
 def recipes() -> tuple[Recipe, ...]:
-    """The recipes of the table that end in a smaller file than bf16, with the head of the table and with others.
+    """The recipes of the tables that end in a smaller file than bf16, with the head of the table and with others.
 
-    Another head multiplies the perplexity as it does that of the dense bf16 model, see the table of heads.
+    Another head multiplies the perplexity as it does that of the dense bf16 model, see the table of heads. A recipe
+    that trains scales alone takes the place of one that trains the weights where it is better.
     """
     tables = json.loads(files("castlm.lab.advice").joinpath("sizes.json").read_text(encoding="utf-8"))
     large, smaller, heads = (_column(tables[name], "perplexity") for name in ("smollm2", "stories260k", "heads"))
@@ -93,6 +102,13 @@ def recipes() -> tuple[Recipe, ...]:
             recipe = Recipe(replace(option, head=head), factor, again, minutes.get(name, 0.0))
             if head == option.head or recipe.option not in by_option:
                 by_option[recipe.option] = recipe
+    minutes = _column(tables["oneshot"], "processor minutes")
+    for weights, perplexity in _column(tables["oneshot"], SCALES).items():
+        for head, of_head in heads.items():
+            option = parse_option(f"{weights}, {head} head")
+            factor = perplexity / large["dense bf16"] * of_head / heads["int8"]
+            if factor < by_option[option].factor:
+                by_option[option] = Recipe(option, factor, minutes=minutes.get(weights, 0.0), trains_scales=True)
     return tuple(recipe for recipe in by_option.values() if recipe.option.head != "bf16")
 
 
@@ -147,7 +163,7 @@ class Choice:
         best, errors = self.best, [abs(math.log(r.factor / r.smaller)) for r, *_ in self.candidates if r.smaller]
         differ = f", which differ by up to {math.expm1(max(errors)):.0%}" if errors else ""
         lines += [
-            f"{cost}, and {best.factor:.2f} times the perplexity of the dense model after the same training.",
+            f"{cost}, and {best.factor:.2f} times the perplexity of the dense model after {STEPS} steps of training.",
             f"Perplexities were measured on {MODEL} and stories260K{differ}; on another model expect at least such an "
             "error. More training loses less.",
             *(["Tokens per second of one sequence are of the linear layers alone, timed here."] if is_timed else []),
