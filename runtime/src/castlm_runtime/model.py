@@ -7,6 +7,7 @@ asks a `Weights` for each matrix and vector by its name in the files.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import math
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -432,8 +433,8 @@ def _plan(of: Description, weights: Weights) -> _Plan:
     """The matrices of a model. Places are such as "3.q", "3.router", and "3.7.up" of expert 7."""
     found: dict[str, tuple[str, Rows, int]] = {}
 
-    def add(name: str, places: Mapping[str, tuple[int, Rows]], columns: int, whole: int, experts: int = 0) -> None:
-        spec = weights.spec(name)
+    def add(name: str, places: Mapping[str, tuple[int, Rows]], columns: int, experts: int = 0) -> None:
+        spec, whole = weights.spec(name), sum(rows for rows, _ in places.values())
         wanted = (experts, whole // experts, columns) if experts else (whole, columns)
         if spec is None or spec.unpacked_shape != wanted or spec.transposed:
             shape = "missing" if spec is None else f"of shape {_by(spec.unpacked_shape)}"
@@ -446,9 +447,9 @@ def _plan(of: Description, weights: Weights) -> _Plan:
     # The largest ones come first: while a matrix is read, it is there twice, and the others have no memory yet.
     family, embedding = of.family, f"{of.family.root}.{of.family.embedding}"
     head = next((name for name in family.heads if weights.spec(name)), family.heads[0])
-    add(embedding if of.is_tied else head, {"head": (of.vocabulary, None)}, of.hidden, of.vocabulary)
+    add(embedding if of.is_tied else head, {"head": (of.vocabulary, None)}, of.hidden)
     if not of.is_tied:
-        add(embedding, {"embedding": (of.vocabulary, None)}, of.hidden, of.vocabulary)
+        add(embedding, {"embedding": (of.vocabulary, None)}, of.hidden)
     queries, keys = of.heads * of.head_dim, of.kv_heads * of.head_dim
     rows = {"q": queries, "k": keys, "v": keys, "o": of.hidden}
     rows |= {"gate": of.intermediate, "up": of.intermediate, "down": of.hidden}
@@ -459,8 +460,7 @@ def _plan(of: Description, weights: Weights) -> _Plan:
                 continue
             columns = queries if parts[0] == "o" else of.intermediate if parts[0] == "down" else of.hidden
             places = _places(parts, rows, of.head_dim if family.interleaves_heads else 0)
-            whole = sum(count for count, _ in places.values())
-            add(f"{at}.{name}", {f"{i}.{part}": rows_of for part, rows_of in places.items()}, columns, whole)
+            add(f"{at}.{name}", {f"{i}.{part}": rows_of for part, rows_of in places.items()}, columns)
         if not is_routed:
             continue
         assert family.experts is not None
@@ -468,21 +468,17 @@ def _plan(of: Description, weights: Weights) -> _Plan:
         layout = next((names for names in layouts if weights.spec(f"{at}.{next(iter(names)).format(0)}")), layouts[0])
         for name, parts in layout.items():
             columns = width if parts[0] == "down" else of.hidden
-            places = _places(parts, {"router": of.num_experts, "gate": width, "up": width, "down": of.hidden}, 0)
-            whole = sum(count for count, _ in places.values())
+            rows_of_expert = {"router": of.num_experts, "gate": width, "up": width, "down": of.hidden}
             if parts == ("router",):
-                add(f"{at}.{name}", {f"{i}.router": places["router"]}, columns, whole)
+                add(f"{at}.{name}", {f"{i}.router": (of.num_experts, None)}, columns)
             elif "{}" in name:
+                places = _places(parts, rows_of_expert, 0)
                 for e in range(of.num_experts):
                     here = {f"{i}.{e}.{part}": rows_of for part, rows_of in places.items()}
-                    add(f"{at}.{name.format(e)}", here, columns, whole)
+                    add(f"{at}.{name.format(e)}", here, columns)
             else:
-                here, first = {}, 0
-                for e in range(of.num_experts):
-                    for part, (count, _) in places.items():
-                        here[f"{i}.{e}.{part}"] = (count, slice(first, first + count))
-                        first += count
-                add(f"{at}.{name}", here, columns, whole * of.num_experts, of.num_experts)
+                each = {f"{i}.{e}.{part}": rows_of_expert[part] for e in range(of.num_experts) for part in parts}
+                add(f"{at}.{name}", _consecutive(each), columns, of.num_experts)
     return _Plan(found)
 
 
@@ -502,12 +498,13 @@ def _places(parts: Sequence[str], rows: Mapping[str, int], head_dim: int) -> dic
         # (heads, parts, head_dim): the rows of a part are not together
         numbers = np.arange(len(parts) * rows[parts[0]]).reshape(-1, len(parts), head_dim)
         return {part: (rows[part], numbers[:, j].ravel()) for j, part in enumerate(parts)}
-    found: dict[str, tuple[int, Rows]] = {}
-    first = 0
-    for part in parts:
-        found[part] = (rows[part], slice(first, first + rows[part]))
-        first += rows[part]
-    return found
+    return _consecutive({part: rows[part] for part in parts})
+
+
+def _consecutive(rows: Mapping[str, int]) -> dict[str, tuple[int, Rows]]:
+    """The number of rows of each place, and the slice that it has in a matrix in which they follow each other."""
+    ends = itertools.accumulate(rows.values())
+    return {place: (count, slice(end - count, end)) for (place, count), end in zip(rows.items(), ends)}
 
 
 def _shape(weight: PackedArray) -> tuple[int, int]:

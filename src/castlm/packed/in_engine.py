@@ -43,8 +43,9 @@ class MemoryWeights:
                 yield part.stem, weight if part.expert is None else weight[part.expert][part.rows]
 
     def _module(self, name: str) -> nn.Module | None:
-        loaded = self.layout.loaded_name(f"{name}.weight").removesuffix(".weight")
-        return self.modules.get(name) or self.modules.get(loaded)
+        if name not in self.modules:
+            name = str(self.layout.loaded_name(f"{name}.weight")).removesuffix(".weight")
+        return self.modules.get(name)
 
     def _weight(self, name: str) -> Tensor | None:
         found = self._experts.get(name)

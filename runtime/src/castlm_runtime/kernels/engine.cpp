@@ -20,9 +20,9 @@
 // other, so that an expert multiplies the rows that chose it as if they were all there are. `complete` sums the slots of a row.
 //
 // Up to `kFewRows` rows, what comes before the tiles (x += added, norms, sums of parts, rounding to int8) is done by every thread for
-// itself, with an x of its own: it takes less time than a barrier. So a token has five barriers a layer, six with experts. With more rows each thread
-// prepares a share of them for all, and another barrier follows. Tokens of prompts also get a step that puts all keys into
-// the cache before attention; a single token's key is put there by the thread that reads its part of the context.
+// itself, with an x of its own: it takes less time than a barrier. So a token has five barriers a layer, six with experts. With
+// more rows each thread prepares a share of them for all, and another barrier follows. Tokens of prompts also get a step that puts all
+// keys into the cache before attention; a single token's key is put there by the thread that reads its part of the context.
 //
 // Results do not depend on the number of threads: tiles are summed in the same order whoever takes them, parts of the context are
 // fixed, and attention's work items, which threads take in turn as they are not equally long, are independent.
@@ -47,7 +47,7 @@ constexpr int64_t kFewRows = 4;        // which every thread prepares for itself
 constexpr int64_t kFewTokens = 4;      // of a sequence, whose attention is that of single tokens
 constexpr int64_t kLogitRows = 64;     // rows of logits at a time
 constexpr int64_t kExpertRows = 64;    // rows at an expert at a time
-constexpr int64_t kMostExperts = 1 << 16;
+constexpr int64_t kMaxExperts = 1 << 16;
 constexpr int64_t kKeptFloats = 1 << 20;  // of a buffer; a larger one is freed when a pass needs less
 constexpr float kLog2E = 1.44269504f;
 
@@ -259,7 +259,7 @@ class Model {
       if (size < 1 || size >= int64_t(1) << 31) return false;
     if (from.heads % from.kv_heads || from.head_dim > kWidestHead || from.rotary_dim < 0 || from.rotary_dim > from.head_dim || from.rotary_dim % 2) return false;
     if (!from.layers || !from.norm || from.activation < kSilu || from.activation > kGelu) return false;
-    if (from.num_experts < 0 || from.num_experts > kMostExperts || from.experts_per_token < 0 || from.experts_per_token > from.num_experts) return false;
+    if (from.num_experts < 0 || from.num_experts > kMaxExperts || from.experts_per_token < 0 || from.experts_per_token > from.num_experts) return false;
     if (from.num_experts && (from.experts_per_token < 1 || from.expert_intermediate < 1 || from.expert_intermediate >= int64_t(1) << 31)) return false;
     const int64_t wide = from.heads * from.head_dim, kv_wide = from.kv_heads * from.head_dim;
     for (int64_t i = 0; i < from.num_layers; ++i) {

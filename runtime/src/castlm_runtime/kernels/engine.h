@@ -18,7 +18,7 @@ struct WeightRef {
   const float* bias;  // (rows,), or null
 };
 
-// One expert of a block. Without a gate, the activation is that of up(n).
+// One expert of a block. Without a gate, it is down(activation(up(n))).
 struct ExpertSpec {
   WeightRef gate, up, down;
 };
@@ -42,7 +42,7 @@ struct LayerSpec {
   const float *cosines, *sines;                      // (max_positions, rotary_dim / 2), or null: no rotary embedding
   int64_t window;                                    // positions that attention reads, the token's own among them; 0 for all
   WeightRef router;                                  // (num_experts, hidden)
-  const ExpertSpec* experts;                         // (num_experts,); null: gate, up and down are those of every token
+  const ExpertSpec* experts;                         // (num_experts,); null: every token takes gate, up and down
 };
 
 enum Activation : int32_t { kSilu = 0, kGeluTanh = 1, kGelu = 2 };

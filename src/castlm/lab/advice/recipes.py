@@ -51,14 +51,12 @@ class Recipe:
         return FORMATS[self.option.values].group > 0
 
     def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
-        """The commands that make it: a run in `folder`/run, if it trains, and the packed model in `folder`/packed."""
+        """The commands that make it: a run in `folder`/run, if it trains weights, and the model in `folder`/packed."""
         run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
-        ends += ["--calibration", text] if FORMATS[self.option.head].reads_text else []
+        ends += ["--calibration", text] if self.trains_scales or FORMATS[self.option.head].reads_text else []
         if not self.trains or self.trains_scales:
             quantize = ["quantize", model, "--kind", self.option.values, "--packed"]
-            if self.trains_scales:
-                reads = [] if "--calibration" in ends else ["--calibration", text]
-                quantize += ["--train-steps", str(max_steps), "--seq-len", str(seq_len), *reads]
+            quantize += ["--train-steps", str(max_steps), "--seq-len", str(seq_len)] if self.trains_scales else []
             return [[*quantize, *ends]]
         train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
         train += ["--pattern", self.option.pattern] if self.option.is_sparse else ["--method", "dense"]
