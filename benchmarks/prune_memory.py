@@ -33,9 +33,8 @@ from castlm.cli.prune import PruneCommand
 from castlm.cli.quantize import QuantizeCommand
 from castlm.core.blocks import in_block
 from castlm.lab.compare.presets import SPARSEGPT
-from castlm.lab.planning.prune_memory import plan_prune_memory
-from castlm.lab.planning.quantize_memory import plan_quantize_memory
-from castlm.oneshot.options import BasisOptions, Refinements, part_of, with_effort
+from castlm.lab.planning.one_shot import ROUND, plan_one_shot
+from castlm.oneshot.options import EFFORTS, with_effort
 from castlm_runtime.formats import FORMATS
 
 GIB = 2**30
@@ -119,18 +118,17 @@ def command_of(case: Mapping[str, Any], model: Path, text: Path, output: Path) -
 def planned_here(command: PruneCommand | QuantizeCommand) -> int:
     """The child's part: the planned peak in bytes, which counts the process as it is."""
     if isinstance(command, QuantizeCommand):
-        return plan_quantize_memory(
-            command.model, command.kind, packed=command.packed, num_sequences=SEQUENCES, seq_len=SEQ_LEN
+        reads_text = FORMATS[command.kind].reads_text
+        return plan_one_shot(
+            command.model, rule=ROUND, reads_text=reads_text, num_sequences=SEQUENCES, seq_len=SEQ_LEN
         ).peak
-    return plan_prune_memory(
+    return plan_one_shot(
         command.model,
-        memory=command.memory or "model",
-        method=command.solver or "sparsegpt",
+        memory="block" if command.memory == "block" else "model",
         num_sequences=command.calibration_sequences,
         seq_len=command.seq_len,
-        basis=part_of(command, BasisOptions),
-        refinements=part_of(command, Refinements),
-        effort=command.start_effort,
+        effort=EFFORTS[command.start_effort],
+        reconstructs=bool(command.reconstruct_epochs),
     ).peak
 
 

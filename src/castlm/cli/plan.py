@@ -12,15 +12,16 @@ from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
 from castlm.fields import choice, essential, number, option, positional
 from castlm.names import aligned, duration
-from castlm.oneshot.methods import methods_of, trained_from
-from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.training.config import names_of
+from castlm.oneshot.methods import method_of, methods_of, trained_from
+from castlm.oneshot.options import EFFORTS
+from castlm.training.config import TrainConfig, names_of
 from castlm.training.options import CheckpointOptions, EvaluationOptions
-from castlm_runtime.formats import rounded_formats
+from castlm_runtime.formats import FORMATS, rounded_formats
 from castlm_runtime.reading import read_json
 
 if TYPE_CHECKING:
     from castlm.lab.planning.law import Law
+    from castlm.lab.planning.memory import MemoryPlan
 
 FARTHEST = 10
 """How far beyond the largest run of a law `plan predict` predicts without --force, as a factor."""
@@ -103,14 +104,6 @@ class MemoryOptions:
         help="GPU that the run should fit on: h100, a100, ..., or a number of GiB.",
     )
 
-    link: float = number(
-        300.0,
-        above=0,
-        help="GB per second at which a rank receives weights from other ranks; adds the time of a step, if a GPU "
-        "is named. About 300 with NVLink and between nodes with 8 x 400 Gb/s, about 20 for cards in PCIe slots and "
-        "moments on the host.",
-    )
-
     prune: bool = essential(
         False,
         help="Predict `castlm prune` on a CPU instead of a training run.",
@@ -122,11 +115,6 @@ class MemoryOptions:
         essential=True,
         help="Predict `castlm quantize` to this format on a CPU instead of a training run, with a calibration text "
         "for int4 and int3.",
-    )
-
-    packed: bool = essential(
-        False,
-        help="With --quantize: the result is packed.",
     )
 
     memory: Literal["model", "block"] = essential(
@@ -148,45 +136,19 @@ def memory(arguments: list[str]) -> int:
     from castlm.devices import DEVICES
     from castlm.dtypes import FLOATS
     from castlm.hardware import choose_device, choose_precision
-    from castlm.lab.planning.hours import plan_hours
+    from castlm.lab.planning.hours import step_seconds
     from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
-    from castlm.lab.planning.prune_memory import plan_prune_memory
-    from castlm.lab.planning.quantize_memory import plan_quantize_memory
 
-    if options.packed and options.quantize is None:
-        raise InputError("--packed is of a quantization: give --quantize FORMAT too")
     if options.prune and options.quantize is not None:
         raise InputError(f"--prune and --quantize {options.quantize} are two commands: give one of them")
     model, pattern, start, teacher = config.model.model, config.model.pattern, config.start, config.teacher
     if start.name not in methods_of(pattern) and not Path(start.name).expanduser().is_dir():
         solvers = ", ".join(methods_of(pattern))
         raise InputError(f"init_from {start.name} is neither {solvers} nor the folder of a model of {pattern}")
+    if options.prune or options.quantize is not None:
+        to_stdout(_one_shot(config, options).table(), keep="\n")
+        return 0
     num_sequences, seq_len = start.calibration_sequences or MAX_SEQUENCES, config.data.seq_len
-    if options.quantize is not None:
-        plan_of_quantize = plan_quantize_memory(
-            model,
-            options.quantize,
-            memory=options.memory,
-            packed=options.packed,
-            num_sequences=start.calibration_sequences or 64,
-            seq_len=seq_len if "seq_len" in config.given else None,
-        )
-        to_stdout(plan_of_quantize.table(), keep="\n")
-        return 0
-    if options.prune:
-        plan_of_prune = plan_prune_memory(
-            model,
-            memory=options.memory,
-            method=start.name,
-            pattern=pattern,
-            num_sequences=start.calibration_sequences,
-            seq_len=seq_len if "seq_len" in config.given else None,
-            basis=part_of(start, BasisOptions),
-            refinements=part_of(start, Refinements),
-            effort=start.start_effort,
-        )
-        to_stdout(plan_of_prune.table(), keep="\n")
-        return 0
     on_cpu = options.gpu is None and choose_device(config.runtime.device) == "cpu"
     precision: str = config.runtime.precision
     if on_cpu:
@@ -224,19 +186,40 @@ def memory(arguments: list[str]) -> int:
     plan = plan_memory(model, run, teacher=teacher.teacher, world_size=options.world_size, gpu_gib=gib)
     to_stdout(plan.table(), keep="\n")
     if isinstance(options.gpu, str):
-        hours = plan_hours(
-            model,
-            run,
-            DEVICES[options.gpu],
-            teacher=teacher.teacher,
-            world_size=options.world_size,
-            accumulation=config.optimizer.gradient_accumulation_steps,
-            link=options.link,
-        )
-        steps = config.optimizer.max_steps
-        to_stdout(hours.explain(), keep="\n")
-        to_stdout(f"{steps:,} steps take {duration(3600 * hours.hours(steps))}, without start and evaluations")
+        accumulation = config.optimizer.gradient_accumulation_steps
+        seconds = step_seconds(model, run, DEVICES[options.gpu], teacher=teacher.teacher, accumulation=accumulation)
+        tokens, steps = run.tokens * accumulation * options.world_size, config.optimizer.max_steps
+        speed = f"{tokens / seconds:,.0f} tokens/s"
+        to_stdout(f"a step of {tokens:,} tokens takes about {seconds:.2f} s by its operations: {speed}")
+        to_stdout(f"{steps:,} steps take {duration(steps * seconds)}, without start and evaluations")
     return 0 if plan.fits in (True, None) else 1
+
+
+def _one_shot(config: TrainConfig, options: MemoryOptions) -> MemoryPlan:
+    """The plan of `castlm prune` or `castlm quantize`."""
+    from castlm.lab.planning.one_shot import ROUND, plan_one_shot
+
+    start, pattern = config.start, config.model.pattern
+    seq_len = config.data.seq_len if "seq_len" in config.given else None
+    if options.quantize is not None:
+        return plan_one_shot(
+            config.model.model,
+            memory=options.memory,
+            rule=ROUND,
+            reads_text=FORMATS[options.quantize].reads_text,
+            num_sequences=start.calibration_sequences or 64,
+            seq_len=seq_len or 512,
+        )
+    return plan_one_shot(
+        config.model.model,
+        memory=options.memory,
+        pattern=pattern,
+        reads_text=method_of(start.name, pattern).reads_text,
+        num_sequences=start.calibration_sequences,
+        seq_len=seq_len,
+        effort=EFFORTS[start.start_effort],
+        reconstructs=bool(start.reconstruct_epochs),
+    )
 
 
 @dataclass
