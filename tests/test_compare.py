@@ -22,11 +22,19 @@ from castlm.files.output import begin_output, output_folder
 from castlm.lab.compare import runs
 from castlm.lab.compare.plan import CompareConfig, Plan
 from castlm.lab.compare.plan import compare as run_comparison
-from castlm.lab.compare.plots import chart
 from castlm.lab.compare.presets import PRESETS, SPARSEGPT
-from castlm.lab.compare.report import Report, rates_note, starts_note, verdict
+from castlm.lab.compare.report import Report, gaps_over_budgets, rates_note, starts_note, verdict
 from castlm.lab.compare.rows import behind, summarize
-from castlm.lab.compare.runs import ComparedRun, Failure, Result, content_hash, refuse_running, run_key, run_process
+from castlm.lab.compare.runs import (
+    CASTLM,
+    ComparedRun,
+    Failure,
+    Result,
+    content_hash,
+    refuse_running,
+    run_key,
+    run_process,
+)
 from castlm.methods.table import METHODS
 from castlm.progress import note
 from castlm.training.config import TrainConfig
@@ -54,7 +62,7 @@ def run_here(patch: pytest.MonkeyPatch) -> list[str]:
     """Runs a comparison's processes in this one; returns the names of the configs that were started."""
     started: list[str] = []
 
-    def run(arguments, log):
+    def run(arguments, log, program):
         started.append(Path(arguments[-1]).stem)
         code = main(arguments)
         log.write_text("castlm: error: as it said\n" if code else "done\n")
@@ -97,7 +105,7 @@ class Compared:
     out: Path
     codes: tuple[int, int]
     tables: tuple[dict, dict]
-    """The content of table.json after each start; the second one has drawn charts."""
+    """The content of table.json after each start."""
     started: list[str]
 
     @property
@@ -169,16 +177,11 @@ def test_a_row_names_its_start_and_the_options_that_have_an_effect(compared):
     assert [result["config"]["calibration_sequences"] for result in compared.tables[0]["one_shot_results"]] == [2]
 
 
-def test_a_terminal_gets_few_columns_and_the_page_all_of_them_with_a_chart(compared):
-    text, html = ((compared.out / name).read_text() for name in ("table.md", "table.html"))
-    assert "| variant | start | tokens | rate | pruned | gap to dense control |" in text
-    assert max(len(line) for line in text.splitlines() if line.startswith("|")) <= 100
-    for words in ("peak memory, MiB", "behind the best", compared.tables[1]["verdict"], "were not tuned: all at 0.003"):
-        assert words in html
-    assert html.count("<svg") == 1
-    assert (compared.out / "gaps.svg").read_text().startswith("<?xml")
-    for loaded_from_elsewhere in ("http-equiv", "src="):
-        assert loaded_from_elsewhere not in html
+def test_the_table_has_all_columns_and_their_meanings(compared):
+    text = (compared.out / "table.md").read_text()
+    for words in ("| peak memory, MiB |", "behind the best", compared.tables[1]["verdict"], "not tuned: all at 0.003"):
+        assert words in text
+    assert not (compared.out / "gaps.svg").exists()  # of one budget
 
 
 def test_a_failed_run_is_a_line_of_the_table_whatever_its_name(files, tmp_path, in_process, capsys):
@@ -406,11 +409,9 @@ def test_an_infinite_gap_is_neither_ranked_nor_drawn():
     found = {"dense": 5.0, "cast": 7.0, "ast": 8.0, "ste": math.inf}
     rows = summarize([fake(name, 100, 0, perplexity) for name, perplexity in found.items()])
     assert all(words in verdict(rows) for words in ("cast", "0.3365", "40.0 %"))
-    for shown in (rows, [*rows, *summarize([fake(name, 200, 0, ppl - 0.5) for name, ppl in found.items()])]):
-        picture = chart(shown)
-        assert picture is not None
-        assert ">ste<" not in picture.svg
-        assert ">cast<" in picture.svg
+    svg = gaps_over_budgets([*rows, *summarize([fake(name, 200, 0, ppl - 0.5) for name, ppl in found.items()])])
+    assert ">ste<" not in svg
+    assert ">cast<" in svg
 
 
 def test_the_verdict_names_the_best_and_whether_chance_explains_it():
@@ -574,18 +575,20 @@ def test_a_model_is_known_by_all_that_can_matter_and_by_nothing_else(tmp_path):
 
 @pytest.mark.slow  # starts three processes, each of which imports torch
 def test_a_method_of_ones_own_file_is_compared(files, tmp_path):
-    """Its processes are started by that file, because castlm alone does not know the method."""
+    """Its processes are started by that file, however it calls castlm: castlm alone does not know the method."""
     own = tmp_path / "own.py"
     own.write_text(
-        "from castlm.cli.main import main\nfrom castlm.methods.ste import STE\n"
+        "from castlm.cli import main as cli\nfrom castlm.methods.ste import STE\n"
         "from castlm.methods.table import METHODS, Method\n"
         "class Own(STE):\n    pass\n"
         "METHODS['own'] = Method(__name__, 'Own', 'mine')\n"
-        "if __name__ == '__main__':\n    raise SystemExit(main())\n"
+        "if __name__ == '__main__':\n    raise SystemExit(cli.main())\n"
     )
     arguments = ["--model", files["model"], "--dataset", files["dataset"], "--output-dir", str(tmp_path / "out")]
     arguments += ["--eval-dataset", files["eval_dataset"], "--methods", "own,magnitude", "--seeds", "1"]
     arguments += ["--budget-tokens", "64", "--seq-len", "16", "--per-device-train-batch-size", "2"]
+    (tmp_path / "config.yaml").write_text("init_from: magnitude\n")
+    arguments += ["--config", str(tmp_path / "config.yaml"), "--eval-tokens", "256", "--calibration-sequences", "2"]
     done = subprocess.run(
         [sys.executable, str(own), "compare", *arguments], capture_output=True, text=True, check=False
     )
@@ -595,5 +598,5 @@ def test_a_method_of_ones_own_file_is_compared(files, tmp_path):
 
 def test_process_of_a_run(tmp_path):
     log = tmp_path / "log"
-    assert run_process(["nonsense"], log) == 2
+    assert run_process(["nonsense"], log, CASTLM) == 2
     assert "there is no command 'nonsense'" in log.read_text()

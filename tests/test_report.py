@@ -16,7 +16,7 @@ from castlm.cli.report import write_report
 from castlm.core.errors import InputError
 from castlm.facts import Perplexities, to_json
 from castlm.lab.report import charts
-from castlm.lab.report.charts import Picture, Series, dot_chart, heat_map, line_chart
+from castlm.lab.report.charts import Picture, Series, heat_map, line_chart
 from castlm.lab.report.run_page import read_run, run_page
 from castlm.lab.report.sample import read_sample
 from castlm.training.verdict import verdict
@@ -208,7 +208,6 @@ def test_text_in_charts_is_escaped():
     name = "<b>&"
     charts = [
         line_chart([Series(name, [(0, 1), (1, 2)], marks=True)], x_label=name, y_label=name, levels={name: 1.5}),
-        dot_chart([(name, [1.0, 2.0], 0)], x_label=name),
         heat_map([[0.5, None]], [name], [name, ""], x_label=name, y_label=name),
     ]
     for chart in charts:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from castlm.cli.command_line import command_line, parse, to_stdout
@@ -13,23 +14,23 @@ from castlm.core.errors import InputError
 from castlm.fields import build
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.plan import CompareConfig, compare
-from castlm.lab.compare.report import Report
-from castlm.lab.compare.runs import OneshotConfig
+from castlm.lab.compare.report import SHORT, Report
+from castlm.lab.compare.runs import CASTLM, OneshotConfig
 from castlm.names import aligned, columns_of
 from castlm.progress import note
 
 
 def show(report: Report, folder: str) -> None:
-    """Prints the table, the verdict and the path of the page."""
+    """Prints the table, the verdict and the path of the report."""
     table = _fitting(report, columns_of(sys.stdout) or sys.maxsize)
-    page = f"report: {Path(folder, 'table.html')}"
+    page = f"report: {Path(folder, 'table.md')}"
     for line in (report.question, *table, *report.warnings, *report.notes, report.verdict, page):
         to_stdout(line)
 
 
 def _fitting(report: Report, room: int) -> list[str]:
     """The lines of the table in `room` columns, if need be without starts, which a note names, and tokens."""
-    headings = list(report.headings)
+    headings = [heading for heading in report.headings if heading in SHORT]
     for left_out in ("", "start", "tokens"):
         headings = [heading for heading in headings if heading != left_out]
         lines = aligned([headings, *report.table(headings)])
@@ -42,9 +43,21 @@ def main(arguments: list[str]) -> int:
     if arguments[:1] == ["--row"]:
         return one_shot_row(arguments[1])
     config = parse(CompareConfig, arguments, "compare")
-    code, report = compare(config, command_line("compare", config), note)
+    code, report = compare(config, command_line("compare", config), note, program_of(arguments))
     show(report, config.output_dir)
     return code
+
+
+def program_of(arguments: list[str]) -> Sequence[str]:
+    """The program whose command is `compare` with these arguments: all that stands before it on the command line.
+
+    It is `castlm`, `python -m castlm` or a user's own `python FILE`, which adds rows to the tables of castlm, such as a
+    method (docs/how-to/extend.md): each process needs them. Any other program, such as a notebook, starts castlm.
+    """
+    command = ["compare", *arguments]
+    if sys.orig_argv[-len(command) :] == command:
+        return [sys.executable, *sys.orig_argv[1 : -len(command)]]
+    return CASTLM
 
 
 def one_shot_row(file: str) -> int:

@@ -21,6 +21,7 @@ from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
 from castlm.lab.compare.report import Report
 from castlm.lab.compare.runs import (
+    CASTLM,
     ComparedRun,
     Failure,
     OneshotConfig,
@@ -107,9 +108,9 @@ class CompareConfig:
         "SparseGPT as published: without rotation, permutation, ADMM and least squares, unless config sets them.",
     )
 
-    preset: Literal["oscillation", "decay", "parts", "budgets"] | None = essential(
+    preset: Literal["oscillation", "decay", "parts", "budgets", "law"] | None = essential(
         None,
-        help="A prepared set of variants: one of the paper's ablations, or all methods at four budgets.",
+        help="A prepared set of variants: one of the paper's ablations, all methods at four budgets, or CAST at eight.",
     )
 
     variants: str | None = option(
@@ -159,14 +160,14 @@ _OF_STEP = ("per_device_train_batch_size", "gradient_accumulation_steps", "seq_l
 """Options whose product is the number of tokens per optimizer step."""
 
 
-def compare(config: CompareConfig, command: str, say: Say) -> tuple[int, Report]:
+def compare(config: CompareConfig, command: str, say: Say, program: Sequence[str] = CASTLM) -> tuple[int, Report]:
     """Starts or continues a comparison and writes its report after each variant.
 
     Returns the exit code, 1 if a run failed or diverged, and the report, in which `command` repeats the comparison.
-    Calls `say` with a line for each run. Raises `InputError` as `Plan`, for a model that no run could open, or if
-    another comparison is running in the folder.
+    Calls `say` with a line for each run, whose process `program` starts. Raises `InputError` as `Plan`, for a model
+    that no run could open, or if another comparison is running in the folder.
     """
-    plan = Plan(config, say)
+    plan = Plan(config, say, program)
     plan.check_model()
     root = Path(config.output_dir)
     say(f"{plan.preset.question}  {len(plan.variants)} variants, {plan.num_runs} runs, in {root}")
@@ -189,8 +190,8 @@ class Plan:
     step.
     """
 
-    def __init__(self, command: CompareConfig, say: Say) -> None:
-        self.command, self.say = command, say
+    def __init__(self, command: CompareConfig, say: Say, program: Sequence[str] = CASTLM) -> None:
+        self.command, self.say, self.program = command, say, program
         self.num_begun = 0
         """Runs that `measure` has begun."""
         rates = command.learning_rates.split(",") if command.learning_rates else []
@@ -329,7 +330,7 @@ class Plan:
         self.num_begun += 1
         self.say(f"{self.num_begun}/{self.num_runs}  {run}{where}")
         try:
-            outcome: Facts | Failure = execute(run, root, self.say)
+            outcome: Facts | Failure = execute(run, root, self.say, self.program)
         except InputError as error:
             outcome = Failure(str(error))
         result = Result(run, outcome, run.folder(root))

@@ -1,7 +1,7 @@
 """The table of `castlm compare`: a row for each variant and token budget over its seeds, a verdict, and their report.
 
-The report is one summary as Markdown, as JSON, and as an HTML page with its charts inside. Every figure is a mean over
-seeds with its sample standard deviation, beside the conditions of its measurement.
+The report is one summary as Markdown and as JSON; over several token budgets it also has a chart. Every figure is a
+mean over seeds with its sample standard deviation, beside the conditions of its measurement.
 """
 
 from __future__ import annotations
@@ -16,10 +16,9 @@ from typing import Any
 
 from castlm.facts import to_json
 from castlm.files.atomic_file import atomic_write_json, atomic_write_text
-from castlm.lab.compare.plots import chart
 from castlm.lab.compare.rows import Row, behind, ranked, summarize, untouched_perplexity
 from castlm.lab.compare.runs import Result
-from castlm.lab.report.charts import can_draw, render
+from castlm.lab.report.charts import WHOLE, Series, can_draw, line_chart
 from castlm.methods.table import METHODS, is_control
 from castlm.training.options import StartOptions
 
@@ -40,7 +39,7 @@ COLUMNS = {
 BEHIND = "behind the best"
 """Heading of the distance to the best row."""
 SHORT = ("variant", "start", "tokens", "rate", "pruned", "gap to dense control")
-"""Columns of the table on a terminal and in table.md; the page has all of them."""
+"""Columns of the table on a terminal; table.md has all of them."""
 MEANINGS = {
     "variant": "A method, or a method with other options.",
     "start": "The sparse weights and masks before step 0. sparsegpt: as published, as in the row of that name. "
@@ -232,9 +231,7 @@ class Report:
         shown = [heading for key, (heading, _) in COLUMNS.items() if _distinguishes(key, rows)]
         if len(self.order) > 1:
             shown.insert(shown.index(COLUMNS["gap"][0]) + 1, BEHIND)
-        self.page_headings = ["variant", "start", "tokens", "rate", "seeds", *shown, "options"]
-        self.headings = [heading for heading in self.page_headings if heading in SHORT]
-        """The columns of the table on a terminal and in table.md."""
+        self.headings = ["variant", "start", "tokens", "rate", "seeds", *shown, "options"]
         conditions = stamp(results)
         self.conditions = {**conditions, "sha256": dict(hashes)}
         self.notes = list(filter(None, [starts_note(rows), rates_note(results), *explain(conditions, results)]))
@@ -276,11 +273,6 @@ class Report:
             return f"{found.mean:+.4f}"
         return f"{found.mean:+.4f} ± {found.half_width:.4f}{'' if found.excludes_zero else ' (chance?)'}"
 
-    def glossary(self, headings: Sequence[str]) -> list[tuple[str, str]]:
-        """The meaning of every column, and of every method that trains."""
-        methods = dict.fromkeys(row.method for row in self.rows if row.method in METHODS)
-        return [(name, MEANINGS[name]) for name in headings] + [(f"method {m}", METHODS[m].title) for m in methods]
-
     def markdown(self) -> str:
         """The report as Markdown."""
         rule = ["---" if name in ("variant", "start") else "---:" for name in self.headings]
@@ -288,7 +280,10 @@ class Report:
             [cell.replace("|", "\\|") for cell in line] for line in (self.headings, rule, *self.table(self.headings))
         ]
         table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in self.glossary(self.headings))
+        methods = dict.fromkeys(row.method for row in self.rows if row.method in METHODS)
+        meanings = [(name, MEANINGS[name]) for name in self.headings]
+        meanings += [(f"method {name}", METHODS[name].title) for name in methods]
+        columns = "\n".join(f"- **{name}**: {meaning}" for name, meaning in meanings)
         warnings = [f"- {warning}" for warning in self.warnings]
         parts = [f"# {self.question}", self.verdict, f"`{self.command}`", table, *warnings, *self.notes, columns]
         return "\n\n".join(parts) + "\n"
@@ -319,20 +314,30 @@ class Report:
         }
 
     def write(self, root: Path) -> None:
-        """Writes table.md, table.json, table.html and its chart as gaps.svg into `root`."""
-        picture = chart(self.rows) if can_draw() else None
+        """Writes table.md and table.json, and the chart over token budgets as gaps.svg, into `root`."""
         atomic_write_json(root / "table.json", self.as_dict())
         atomic_write_text(root / "table.md", self.markdown())
-        if picture is not None:
-            atomic_write_text(root / "gaps.svg", picture.svg)
-        page = render(
-            "compare.html.jinja",
-            title=self.question,
-            report=self,
-            headings=self.page_headings,
-            lines=self.table(self.page_headings),
-            pictures=[] if picture is None else [picture],
-            glossary=self.glossary(self.page_headings),
-            best=next(iter(self.order), None),
-        )
-        atomic_write_text(root / "table.html", page)
+        budgets = {row.tokens for row in self.rows if row.ranked_gap is not None and row.tokens}
+        if can_draw() and len(budgets) > 1:
+            atomic_write_text(root / "gaps.svg", gaps_over_budgets(self.rows))
+
+
+def gaps_over_budgets(rows: list[Row]) -> str:
+    """A chart (SVG) of the gaps to the dense control of the same budget: a line for each variant, a band of a standard
+    deviation over the seeds, and one-shot methods, against the control of the largest budget, as levels."""
+    shown = [(row, row.ranked_gap) for row in rows if row.ranked_gap is not None]
+    lines = []
+    for number, name in enumerate(dict.fromkeys(row.variant for row, _ in shown if row.tokens)):
+        of_name = [(row.tokens, gap) for row, gap in shown if row.variant == name]
+        points = [(tokens, gap.mean) for tokens, gap in of_name]
+        lines.append(Series(name, points, number, marks=True, spread=[gap.std or 0.0 for _, gap in of_name]))
+    return line_chart(
+        lines,
+        x_label="training tokens",
+        y_label="ln(perplexity / dense control)",
+        levels={row.variant: gap.mean for row, gap in shown if not row.tokens},
+        log_x=True,
+        log_y=min(gap.mean for _, gap in shown) > 0,
+        width=WHOLE,
+        height=360,
+    )

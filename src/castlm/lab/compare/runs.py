@@ -34,6 +34,9 @@ from castlm.training.config import TrainConfig
 from castlm.training.options import SEQ_LEN, ModelOptions
 from castlm_runtime.reading import sha256_file
 
+CASTLM = (sys.executable, "-m", "castlm")
+"""The program that runs castlm's command."""
+
 # Fields that always name a model or a text; the key hashes their content.
 NAMED = ("model", "revision", "dataset", "eval_dataset", "calibration")
 
@@ -205,8 +208,8 @@ def read_finished(folder: Path) -> Facts | None:
     return Facts.read_result(model) if (model / RESULT).is_file() else None
 
 
-def execute(run: ComparedRun, root: Path, say: Say) -> Facts | Failure:
-    """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it.
+def execute(run: ComparedRun, root: Path, say: Say, program: Sequence[str] = CASTLM) -> Facts | Failure:
+    """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it by `program`.
 
     Returns a `Failure` if its process failed. Raises `InputError` as `read_finished`.
     """
@@ -229,7 +232,7 @@ def execute(run: ComparedRun, root: Path, say: Say) -> Facts | Failure:
     atomic_write_text(config_file, yaml.safe_dump(plain, sort_keys=False))
     started = time.monotonic()
     log = folder.with_suffix(".log")
-    code = run_process(command, log)
+    code = run_process(command, log, program)
     facts = read_finished(folder)
     if facts is None or (code and (facts.verdict is None or facts.verdict.ok)):
         printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
@@ -246,27 +249,14 @@ def refuse_running(root: Path) -> None:
         refuse_locked(folder)
 
 
-def program() -> list[str]:
-    """The command that starts this program again: `python -m castlm`, or a user's own file that calls its `main`.
-
-    Such a file adds rows to the tables of castlm, such as a method (docs/how-to/extend.md), which each process needs.
-    """
-    main = sys.modules["__main__"]
-    calls_castlm = getattr(getattr(main, "main", None), "__module__", None) == "castlm.cli.main"
-    file = getattr(main, "__file__", None)
-    if calls_castlm and main.__spec__ is None and file is not None:  # with a spec, it was started as a module
-        return [sys.executable, str(Path(file).absolute())]
-    return [sys.executable, "-m", "castlm"]
-
-
-def run_process(arguments: Sequence[str], log: Path) -> int:
-    """Runs `castlm ARGUMENTS` with its output in `log`, and returns its exit code.
+def run_process(arguments: Sequence[str], log: Path, program: Sequence[str]) -> int:
+    """Runs `PROGRAM ARGUMENTS` with its output in `log`, and returns its exit code.
 
     Ctrl-C and SIGTERM are passed to the process, which gets time to save its state.
     """
     with log.open("a", encoding="utf-8") as stream:
         process = subprocess.Popen(
-            [*program(), *arguments], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            [*program, *arguments], stdout=stream, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
         )
         try:
             return process.wait()

@@ -1,4 +1,4 @@
-"""Charts of pages and result folders, drawn by matplotlib as SVG (lines with bands, dots, heat maps), and their pages.
+"""Charts of pages and result folders, drawn by matplotlib as SVG (lines with bands, heat maps), and their pages.
 
 matplotlib is in the extra `report`. `Picture.inline` puts a chart into a page, where it follows the page's colours.
 """
@@ -197,42 +197,6 @@ def line_chart(
     return _svg(draw, width, height)
 
 
-def dot_chart(rows: Sequence[tuple[str, Sequence[float], int]], *, x_label: str, log_x: bool = False) -> str:
-    """A row per label with a dot for each value, a bar at their mean and a band of one standard deviation.
-
-    A linear axis begins at 0, so that the distance between two rows can be judged by their size.
-
-    Args:
-        rows: (label, values, colour), the first row on top.
-    """
-
-    def draw(axes: Axes) -> None:
-        for number, (_, values, index) in enumerate(rows):
-            colour, mean = LIGHT_SERIES[index % len(LIGHT_SERIES)], math.fsum(values) / len(values)
-            half = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / max(1, len(values) - 1))
-            band = (max(mean - half, min(values) / 2) if log_x else mean - half, mean + half)
-            axes.plot(band, (number, number), color=colour, alpha=0.2, linewidth=12, solid_capstyle="butt")
-            axes.plot(values, [number] * len(values), "o", color=colour, alpha=0.75, markersize=6)
-            axes.plot(mean, number, "|", color=colour, markersize=14, markeredgewidth=2.5)
-            place = (max(*values, band[1]), number)
-            axes.annotate(
-                f"{mean:.4g}", place, xytext=(9, 0), textcoords="offset points", va="center", color=LIGHT["muted"]
-            )
-        axes.set_yticks(range(len(rows)), [clipped(label) for label, _, _ in rows], color=LIGHT["ink"])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
-        axes.grid(False, axis="y")
-        axes.spines["left"].set_visible(False)
-        axes.tick_params(axis="y", length=0)
-        _scale(axes, "x", log_x)
-        if not log_x:
-            left, right = axes.get_xlim()
-            axes.set_xlim(min(left, 0.0), max(right, 0.0))
-        axes.margins(x=0.1)
-        axes.set_xlabel(x_label, loc="right")
-
-    return _svg(draw, WHOLE, 26 + 30 * len(rows) + 36)
-
-
 def heat_map(
     values: Sequence[Sequence[float | None]],
     row_labels: Sequence[str],
@@ -319,11 +283,11 @@ def _svg(draw: Any, width: float, height: float) -> str:
         return file.getvalue()
 
 
-def render(template: str, **content: Any) -> str:
-    """Renders a template to one HTML page that loads no other files; escapes everything in `content` except charts."""
+def render(**content: Any) -> str:
+    """Renders the page of a run, which loads no other files; escapes everything in `content` except charts."""
     from jinja2 import Environment, PackageLoader
 
     loader = PackageLoader("castlm.lab.report", "templates")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
     no_charts = "" if can_draw() else NEEDS_MATPLOTLIB
-    return environment.get_template(template).render(colours=PAGE_COLOURS, no_charts=no_charts, **content)
+    return environment.get_template("run.html.jinja").render(colours=PAGE_COLOURS, no_charts=no_charts, **content)

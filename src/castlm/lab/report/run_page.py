@@ -130,7 +130,6 @@ def run_page(run: RunData, sample: dict[str, Any] | None = None, *, refresh: boo
     options = [field for section in run.config.sections().values() for field in dataclasses.fields(section)]
     changed, defaults = _settings(run.config.given, options)
     return render(
-        "run.html.jinja",
         title=f"{_short_name(run.config.model.model)}, "
         + (f"{pattern} sparse" if method.row.is_sparse else "the dense control"),
         eyebrow=" · ".join(eyebrow),
