@@ -3,9 +3,9 @@
     python -m benchmarks.gguf_quality --text TEXT --calibration TEXT [--model demo] [--scratch FOLDER] [--json OUT]
 
 Rows: the file as it is; its layers in Q4_0 by llama.cpp (`allow_requantize`), and by `castlm quantize --gguf` to
-the nearest and by the calibration text; Q8_0 of both. Embedding and head stay as they are in every row. Each file is
-measured in llama.cpp, which rounds activations to int8, and by castlm from the same file, in fp32. `--scratch` keeps
-the files, and takes those that are there.
+the nearest, by the calibration text, and with 100 steps of the scales on that text; Q8_0 of both. Embedding and head
+stay as they are in every row. Each file is measured in llama.cpp, which rounds activations to int8, and by castlm from
+the same file, in fp32. `--scratch` keeps the files, and takes those that are there.
 """
 
 from __future__ import annotations
@@ -38,10 +38,11 @@ def made(source: Path, model: str, calibration: str, folder: Path) -> dict[str, 
     rounded = {
         "Q4_0 of castlm, to the nearest": ("int4", []),
         "Q4_0 of castlm, calibrated": ("int4", ["--calibration", calibration]),
+        "Q4_0 of castlm, scales trained": ("int4", ["--calibration", calibration, "--train-steps", "100"]),
         "Q8_0 of castlm": ("int8", []),
     }
     for name, (kind, more) in rounded.items():
-        file = files[name] = folder / f"castlm-{kind}{'-calibrated' * bool(more)}.gguf"
+        file = files[name] = folder / f"castlm-{kind}{'-calibrated' * bool(more)}{'-trained' * (len(more) > 2)}.gguf"
         if not file.exists() and castlm(["quantize", model, "--kind", kind, "--gguf", str(file), *more]):
             raise SystemExit(2)
     return files

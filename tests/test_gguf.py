@@ -1,5 +1,6 @@
 """`castlm quantize --gguf`: another GGUF file with the rounded layers, and everything else as it was."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gguf
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import castlm
+from castlm.api.quantize import QuantizeOptions, run_quantize
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
@@ -17,7 +19,8 @@ from castlm.formats.rounding import Rounded
 from castlm.models.io import load_model
 from tests.tiny import TEXT, tiny_model, write_gguf
 
-WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}  # 96: the last group has one block
+WIDTHS = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+CALIBRATED = {"calibration": "text.txt", "calibration_sequences": 4, "seq_len": 32}
 
 
 @pytest.fixture(scope="module")
@@ -30,30 +33,24 @@ def source(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("kind", "type_of_layers", "text"),
+    ("kind", "rounded_to", "type_of_layers", "text"),
     [
-        ("int4", "Q4_0", []),
-        ("int4", "Q4_0", ["--calibration", "text.txt", "--calibration-sequences", "4", "--seq-len", "32"]),
-        (
-            "int4",
-            "Q4_0",
-            [
-                *("--calibration", "text.txt", "--calibration-sequences", "4", "--seq-len", "32"),
-                *("--train-steps", "40", "--learning-rate", "1e-3"),
-            ],
-        ),
-        ("int8", "Q8_0", []),
+        ("int4", "q4_0", "Q4_0", {}),
+        ("int4", "q4_0", "Q4_0", CALIBRATED),
+        ("int4", "q4_0", "Q4_0", {**CALIBRATED, "train_steps": 40, "learning_rate": 1e-3}),
+        ("int8", "int8", "Q8_0", {}),
     ],
 )
 def test_the_file_has_the_values_of_the_plain_folder_and_all_else_of_its_source(
-    source, tmp_path, monkeypatch, kind, type_of_layers, text
+    source, tmp_path, monkeypatch, kind, rounded_to, type_of_layers, text
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text(TEXT)
-    command = ["quantize", str(source), "--kind", kind, "--pattern", "2:4", *text]
     out = tmp_path / "out.gguf"
-    assert main([*command, "--gguf", str(out)]) == 0
-    assert main([*command, "--output-dir", str(tmp_path / "plain"), "--save-dtype", "fp32"]) == 0
+    options = QuantizeOptions(str(source), kind=kind, pattern=NM(2, 4), gguf=str(out), **text)
+    run_quantize(options)
+    plain = {"kind": rounded_to, "gguf": None, "output_dir": str(tmp_path / "plain"), "save_dtype": "fp32"}
+    run_quantize(replace(options, **plain))
     assert not (tmp_path / "out.gguf.partial").exists()
 
     found = load_model(out, dtype=torch.float32).model.state_dict()
@@ -112,8 +109,8 @@ def test_a_folder_the_source_itself_and_layers_without_whole_blocks_are_refused(
 def test_scales_that_fp16_rounds_are_counted_and_infinite_ones_refused():
     codes = torch.ones(2, 64, dtype=torch.int8)
     codes[1, 32:] = 0  # a scale without a code has no effect
-    tiny = torch.tensor([[2.0**-14 + 2.0**-21], [2.0**-26]])  # below 2^-14 fp16 has steps of 2^-24
-    _, errors = _blocks(Rounded("int4", codes, tiny))
+    tiny = torch.tensor([[2.0**-14 + 2.0**-21], [2.0**-26]]).expand(2, 2)  # below 2^-14 fp16 has steps of 2^-24
+    _, errors = _blocks(Rounded("q4_0", codes, tiny))
     assert (errors > 0).tolist() == [[False, False], [True, False]]
     with pytest.raises(InputError, match="7e"):
-        _blocks(Rounded("int4", codes, torch.tensor([[1.0], [7e4]])))
+        _blocks(Rounded("q4_0", codes, torch.tensor([[1.0, 1.0], [7e4, 1.0]])))

@@ -184,3 +184,12 @@ def test_what_cannot_be_trained_is_refused_first(llama, text, tmp_path, capsys, 
     assert_refused(cases, capsys)
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert_refused([(command(llama, tmp_path / "out", text), "torchrun")], capsys)
+
+
+def test_a_text_too_short_to_train_on_is_refused_before_anything_is_rounded(llama, tmp_path, capsys, monkeypatch):
+    short = tmp_path / "short.jsonl"
+    # enough for the calibration; one is held out, and the other is shorter than a sequence
+    short.write_text('{"text": "word word word word word word word word"}\n' * 2, encoding="utf-8")
+    monkeypatch.setattr(quantized, "round_blocks", None)
+    words = command(llama, tmp_path / "out", str(short))
+    assert_refused([(words, str(short))], capsys)

@@ -27,6 +27,7 @@ class Format:
         reads_text: whether its rounding is better with a calibration text.
         needs_training: whether rounding alone loses too much, so that a model is trained with rounded weights.
         of_tables: whether only an output head and an embedding take it, which are dense.
+        of_gguf: whether only GGUF files hold it.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Format:
     reads_text: bool = False
     needs_training: bool = False
     of_tables: bool = False
+    of_gguf: bool = False
 
     @property
     def rounds(self) -> bool:
@@ -64,6 +66,7 @@ FORMATS = {
         Format("int8", "I8", 8, "int8", "F32", largest=127),
         Format("int6", "U8", 6, "int6", "BF16", group=64, largest=31, reads_text=True, of_tables=True),
         Format("int4", "U8", 4, "int4", "BF16", group=64, largest=7, reads_text=True),
+        Format("q4_0", "U8", 4, "", "F16", group=32, largest=7, reads_text=True, of_gguf=True),
         Format("int3", "U8", 3, "int4", "BF16", group=64, largest=3, reads_text=True, needs_training=True),
         Format("fp8", "F8_E4M3", 8, "", "F32", largest=448),
     )
@@ -80,4 +83,4 @@ DEFAULT_HEAD = "int6"
 
 def rounded_formats() -> tuple[str, ...]:
     """The formats that `castlm quantize` rounds layers to."""
-    return tuple(form.name for form in FORMATS.values() if form.rounds and not form.of_tables)
+    return tuple(form.name for form in FORMATS.values() if form.rounds and not (form.of_tables or form.of_gguf))

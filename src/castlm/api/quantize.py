@@ -196,7 +196,7 @@ def quantize(
 
 def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeReport]:
     """`quantize` with converted options; returns the pattern that was verified, and the report."""
-    from castlm.export.gguf import gguf_source
+    from castlm.export.gguf import ROUNDED_TO, gguf_source
     from castlm.export.head import CalibrationOptions
     from castlm.export.packed import pattern_of
     from castlm.export.quantized import quantize_folder
@@ -213,12 +213,14 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
             options.calibration, options.calibration_sequences, options.seq_len, options.seed
         )
     source = result_folder(options.model)
+    kind = options.kind
     if options.gguf is not None:
         output = Path(os.path.realpath(user_path(options.gguf)))
-        gguf_source(source, options.kind, output, options.overwrite)
+        gguf_source(source, kind, output, options.overwrite)
+        kind = ROUNDED_TO[kind]
         check_beside(output)
     pattern = pattern_of(source, options.pattern)
-    training = _scale_training(options, source)
+    training = _scale_training(options, kind, source)
     if options.output_dir is not None:
         inputs = {"model": source, "calibration": options.calibration}
         output = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
@@ -226,7 +228,7 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
         report = quantize_folder(
             source,
             output,
-            options.kind,
+            kind,
             pattern=pattern,
             calibration=calibration,
             packed=options.packed,
@@ -245,7 +247,7 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
     return pattern, report
 
 
-def _scale_training(options: QuantizeOptions, teacher: str) -> ScaleTraining | None:
+def _scale_training(options: QuantizeOptions, kind: str, teacher: str) -> ScaleTraining | None:
     """The training of the scales that `train_steps` asks for; None without."""
     if not options.train_steps:
         return None
@@ -253,16 +255,16 @@ def _scale_training(options: QuantizeOptions, teacher: str) -> ScaleTraining | N
     from castlm.training.scales import ScaleTraining
 
     steps = f"--train-steps {options.train_steps}"
-    if not FORMATS[options.kind].reads_text:
-        raise InputError(f"{steps} is for int4 and int3: {options.kind} loses too little to gain by it; leave it out")
+    if not FORMATS[kind].reads_text:
+        raise InputError(f"{steps} is for int4 and int3: {kind} loses too little to gain by it; leave it out")
     if num_ranks() > 1:
         raise InputError(f"{steps} is for one rank: run castlm quantize without torchrun")
     assert options.calibration is not None  # `train_steps` needs it
-    return ScaleTraining(
+    training = ScaleTraining(
         teacher,
         options.calibration,
         options.train_steps,
-        options.kind,
+        kind,
         learning_rate=options.learning_rate,
         seq_len=options.seq_len,
         seed=options.seed,
@@ -272,3 +274,5 @@ def _scale_training(options: QuantizeOptions, teacher: str) -> ScaleTraining | N
         restart=options.overwrite,
         say=note,
     )
+    training.check()
+    return training

@@ -6,7 +6,7 @@ scale d before its codes; a value is d * code:
     Q4_0    d | 16 bytes, of which byte j holds code[j] + 8 in its lower half and code[j + 16] + 8 in its upper half
     Q8_0    d | 32 bytes, code[j] as int8
 
-castlm's int4 has the codes of Q4_0, -8 to 7, and one scale for two blocks; its int8 has one scale for a row.
+castlm rounds to Q4_0 as to int4, with a scale for each block; its int8 has one scale for a row.
 """
 
 from __future__ import annotations
@@ -26,7 +26,10 @@ from castlm.models.locate import locate
 from castlm.oneshot.steps.round import layers_to_round
 from castlm.say import Say
 
-TYPES = {"int4": "Q4_0", "int8": "Q8_0"}
+ROUNDED_TO = {"int4": "q4_0", "int8": "int8"}
+"""The format that the layers of a GGUF file are rounded to, by the option `kind`."""
+
+_TYPES = {"q4_0": "Q4_0", "int8": "Q8_0"}
 """The type of GGUF that holds the codes of a format."""
 
 _COLUMNS = 32
@@ -39,8 +42,8 @@ def gguf_source(name: str, kind: str, file: Path, overwrite: bool) -> Path:
     Raises:
         InputError: another model, a format without a type in GGUF, or `file` exists (without `overwrite`).
     """
-    if kind not in TYPES:
-        raise InputError(f"GGUF has no type for {kind}: --gguf goes with --kind {' or '.join(TYPES)}")
+    if kind not in ROUNDED_TO:
+        raise InputError(f"GGUF has no type for {kind}: --gguf goes with --kind {' or '.join(ROUNDED_TO)}")
     where = locate(name)
     if not where.gguf:
         raise InputError(f"{name} is no GGUF file, and --gguf writes GGUF from GGUF: give the .gguf file of the model")
@@ -81,8 +84,8 @@ def write_gguf(weights: GgufWeights, layers: Mapping[str, Rounded], file: Path, 
     reader = reader_of(weights.file)
     stems = {weights.tensor(f"{layer}.weight").name: layer for layer in layers}
     kind = next(iter(layers.values())).kind
-    of_file = getattr(gguf.LlamaFileType, f"MOSTLY_{TYPES[kind]}")
-    of_layer = getattr(gguf.GGMLQuantizationType, TYPES[kind])
+    of_file = getattr(gguf.LlamaFileType, f"MOSTLY_{_TYPES[kind]}")
+    of_layer = getattr(gguf.GGMLQuantizationType, _TYPES[kind])
     num_blocks, num_rounded, worst = 0, 0, 0.0
     with reporting_full_disk(file), atomic_file(file) as temporary:
         writer = gguf.GGUFWriter(temporary, reader.fields["general.architecture"].contents())
@@ -135,15 +138,16 @@ def _blocks(rounded: Rounded) -> tuple[np.ndarray, np.ndarray]:
     """A weight in blocks: uint8 (rows, bytes of a row), and the relative error of each scale, (rows, blocks)."""
     rows, columns = rounded.codes.shape
     codes = rounded.codes.numpy().reshape(rows, -1, _COLUMNS)  # (1536, 576) -> (1536, 18, 32)
-    scales = rounded.scales.numpy().repeat(2 if rounded.kind == "int4" else columns // _COLUMNS, axis=1)
-    scales = scales[:, : codes.shape[1], None]  # (1536, 9) -> (1536, 18, 1)
+    scales = rounded.scales.numpy()[:, :, None]  # (1536, 18) -> (1536, 18, 1)
+    if rounded.kind == "int8":
+        scales = scales.repeat(columns // _COLUMNS, axis=1)
     with np.errstate(over="ignore"):
         halves = scales.astype(np.float16)
     if not np.isfinite(halves).all():
         raise InputError(f"a scale of {np.abs(scales).max():.3g} does not fit fp16, which GGUF has: leave --gguf out")
     is_used = codes.any(axis=2)
     errors = np.abs(halves.astype(np.float32) / scales - 1)[:, :, 0] * is_used
-    if rounded.kind == "int4":
+    if rounded.kind == "q4_0":
         nibbles = (codes + 8).astype(np.uint8)
         half = _COLUMNS // 2
         stored = nibbles[:, :, :half] | nibbles[:, :, half:] << 4

@@ -1,11 +1,11 @@
 """Rounds weights to int8, float8, int6, int4 or int3 with every zero kept, so that a mask survives quantization.
 
-All scales are symmetric, without a zero point. int6, int4 and int3 have one for each row and 64 columns, and are
-rounded by GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the error of a
-column. A masked weight has the single grid point 0 and passes its share of the error to later columns, as in SparseGPT
-(arXiv 2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent follow
-(QuantEase, arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed, and each
-scale the best for its codes. They never increase the error.
+All scales are symmetric, without a zero point. int6, int4 and int3 have one for each row and 64 columns, q4_0 for 32,
+and are rounded by GPTQ (Frantar et al. 2023, arXiv 2210.17323), column by column: later columns compensate for the
+error of a column. A masked weight has the single grid point 0 and passes its share of the error to later columns, as in
+SparseGPT (arXiv 2301.00774). GPTQ relies on columns that turn out to be masked, so a few passes of coordinate descent
+follow (QuantEase, arXiv 2309.01885): each code in turn becomes the best for the layer's output with all others fixed,
+and each scale the best for its codes. They never increase the error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ class Rounded:
     kind: str
     """A format of `FORMATS` that rounds."""
     codes: Tensor
-    """(rows, columns): int8 holds int8, int6 (-32 to 31), int4 (-8 to 7) and int3, float8_e4m3fn holds fp8."""
+    """(rows, columns): int8 holds int8, int6 (-32 to 31), int4, q4_0 (-8 to 7) and int3, float8_e4m3fn holds fp8."""
     scales: Tensor
-    """fp32: (rows, 1), or for int6, int4 and int3 (rows, ceil(columns / 64)) with values that are exact in bf16."""
+    """fp32: (rows, 1), or for int6, int4, int3 and q4_0 (rows, groups of columns) with values exact in bf16."""
 
     def dequantized(self) -> Tensor:
         """(rows, columns), fp32. Every zero is 0.0, because the packed format cannot always store -0.0."""
@@ -88,7 +88,7 @@ def round_in_groups(
         hessian: X^T X of the input up to a factor, (columns, columns), fp32, symmetric; overwritten.
         damping: fraction of the Hessian's mean diagonal to add to it.
         passes: passes of coordinate descent over all columns.
-        kind: "int6", "int4" or "int3".
+        kind: "int6", "int4", "int3" or "q4_0".
 
     Raises:
         InputError: NaN or infinity in the weight, or a Hessian that cannot be factorized.
@@ -145,16 +145,6 @@ def round_table(weight: Tensor, kind: str, hessian: Tensor | None = None, dampin
         for rows in weight.split(_TABLE_ROWS)
     ]
     return Rounded(kind, torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))
-
-
-def round_in_groups_holds(rows: int, columns: int) -> int:
-    """Elements that `round_in_groups` with a Hessian holds at its peak beside its arguments, of a weight that is a
-    copy."""
-    weight, square = rows * columns, columns**2
-    # target and updated, and the mask in bytes; the Hessian reversed, its factor L, and R
-    factorized = 2 * weight + weight // 4 + 3 * square
-    # also codes and errors; R and U
-    return max(factorized, 4 * weight + weight // 4 + 2 * square)
 
 
 def on_grid(weight: Tensor, kind: str) -> Rounded:

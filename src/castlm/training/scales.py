@@ -24,12 +24,13 @@ from castlm.data.options import TextOptions
 from castlm.distributed.world import closing, init_world
 from castlm.formats.rounding import Rounded
 from castlm.methods.dense import Dense
-from castlm.models.architecture import context_length
-from castlm.models.io import open_config
+from castlm.models.architecture import context_length, vocab_size
+from castlm.models.io import open_config, open_model
 from castlm.say import Say, silent
 from castlm.signals import Interrupt
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import held_out_kl
+from castlm.training.text import open_training_text
 from castlm.training.trainer import Trainer
 from castlm_runtime.formats import FORMATS
 
@@ -40,12 +41,15 @@ EVAL_TOKENS = 8192
 class Scales(Dense):
     """Trains the scales of rounded layers, and nothing else, at the learning rate of the run."""
 
+    group = 64
+    """Columns that share a scale."""
+
     def parametrize_(self, model: nn.Module) -> None:
         self.prepare(model)
         model.requires_grad_(False)
         bits = self.options.weight_bits
         assert bits is not None
-        add_weight_rounding(model, bits, FORMATS[f"int{bits}"].group, rounding=ScaledCodes)
+        add_weight_rounding(model, bits, self.group, rounding=ScaledCodes)
 
     def build_optimizer(self, model: nn.Module, fused: bool) -> AdamS:
         named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
@@ -54,6 +58,12 @@ class Scales(Dense):
 
     def _with_scales_apart(self, group: dict[str, Any]) -> list[dict[str, Any]]:
         return [group]  # at the rate of the run
+
+
+class BlockScales(Scales):
+    """Trains the scales of the blocks of a GGUF file."""
+
+    group = FORMATS["q4_0"].group
 
 
 @dataclass(frozen=True)
@@ -74,7 +84,7 @@ class ScaleTraining:
     steps: int
     """Each reads one sequence."""
     kind: str
-    """"int4" or "int3"."""
+    """"int4", "int3" or "q4_0"."""
     learning_rate: float
     seq_len: int
     seed: int
@@ -86,17 +96,25 @@ class ScaleTraining:
     """Begin again if `run` holds checkpoints that cannot be continued."""
     say: Say = silent
 
-    def config(self, rounded: Path, run: Path) -> TrainConfig:
-        """The run that trains the scales of the model in `rounded`, in the folder `run`."""
-        longest = context_length(open_config(str(rounded), trust_remote_code=self.trust_remote_code))
+    def check(self) -> None:
+        """Opens the text as the training will, to refuse one that is too short before anything is rounded."""
+        config = self.config(self.teacher, Path("scales"))
+        _, of_model, tokenizer = open_model(config.model.model, **config.model.loading)
+        with closing(init_world(self.device, "full")) as world:
+            options = config.model, config.data, config.evaluation
+            open_training_text(*options, tokenizer, vocab_size(of_model), world, rows_per_rank=1)
+
+    def config(self, model: str | Path, run: Path) -> TrainConfig:
+        """The run that trains the scales of `model`, in the folder `run`."""
+        longest = context_length(open_config(str(model), trust_remote_code=self.trust_remote_code))
         text = {field.name: getattr(self.of_text, field.name) for field in fields(TextOptions)}
         options: dict[str, Any] = {name: value for name, value in text.items() if value is not None}
         return TrainConfig.of(
-            rounded,
+            model,
             self.text,
             run,
             method="dense",
-            weight_bits=int(self.kind.removeprefix("int")),
+            weight_bits=FORMATS[self.kind].bits,
             teacher=self.teacher,
             eta=1.0,  # the KL alone: the rounded model shall compute as the teacher, and learn nothing of the text
             learning_rate=self.learning_rate,
@@ -119,15 +137,16 @@ class ScaleTraining:
     def __call__(self, rounded: Path, run: Path) -> tuple[PreTrainedModel, dict[str, Rounded]]:
         with closing(init_world(self.device, "full")) as world:
             config = self.config(rounded, run)
+            method_class = BlockScales if FORMATS[self.kind].of_gguf else Scales
             try:
-                trainer = Trainer(config, world, method_class=Scales)
+                trainer = Trainer(config, world, method_class=method_class)
             except InputError as error:
                 if not run.exists():
                     raise
                 if not self.restart:
                     raise InputError(f"{error}; --overwrite trains the scales again") from error
                 shutil.rmtree(run)
-                trainer = Trainer(config, world, method_class=Scales)
+                trainer = Trainer(config, world, method_class=method_class)
             with trainer.recording(announce=False):
                 trainer.train(Interrupt())  # a signal ends it at once: a run loses at most `SAVE_STEPS`
             layers = list(rounded_layers(trainer.model))
