@@ -45,10 +45,10 @@ from castlm.core.cholesky import upper_factor
 from castlm.core.nm import NM, nm_mask, pack_mask, refresh_masks_, unpack_mask
 from castlm.core.sparsify import prune_
 from castlm.hardware import captured
-from castlm.oneshot import admm, sparsegpt
-from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
+from castlm.oneshot import refine, sparsegpt
 from castlm.oneshot.axes import find_permutation
 from castlm.oneshot.folder import HiddenStates
+from castlm.oneshot.refine import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
 from castlm.oneshot.solvers import add_hessian, row_energies
 from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.packed.semi_structured import Backend, Cusparselt, to_semi_structured_
@@ -223,7 +223,7 @@ def start_rows(scale: int, device: str) -> Iterator[Row]:
     yield ratio_row(part, "a launch for each operator", times["graph"], times["launches"], ">= 2")
 
     def masks(system: type[Eigenvectors] | type[Inverses]) -> Tensor:
-        with mock.patch.object(admm, "system_of", system):
+        with mock.patch.object(refine, "system_of", system):
             return improve_masks(sparse, weight, gram, NM(2, 4), 16)
 
     sparse = sparsegpt_by_factor(weight, factor, 2, 4)

@@ -93,21 +93,21 @@ def overrun_start(library: Path) -> None:
     """Passes a weight with fewer rows than the call says: the sanitizer has to end the process."""
     import torch
 
-    from castlm.oneshot import sweep
+    from castlm.oneshot import sparsegpt
 
     weight = torch.randn(8, 8)
     address = weight.data_ptr()
-    call = sweep._Call(*[address] * 5, rows=512, columns=8)
-    sweep.load_kernels(str(library)).castlm_sweep(call, 0, 8, 2, 4, 1)
+    call = sparsegpt._Call(*[address] * 5, rows=512, columns=8)
+    sparsegpt.load_kernels(str(library)).castlm_sweep(call, 0, 8, 2, 4, 1)
 
 
 def search_start(library: Path, seconds: float) -> None:
     """Runs the check of SparseGPT's sweep on random input until the time is over."""
-    from castlm.oneshot import sweep
+    from castlm.oneshot import sparsegpt
     from tests import kernel_cases as cases
 
-    loaded = sweep.load_kernels(str(library))
-    sweep.kernels = lambda: loaded  # type: ignore[assignment]
+    loaded = sparsegpt.load_kernels(str(library))
+    sparsegpt.kernels = lambda: loaded  # type: ignore[assignment]
     run_checks({"sweep": (cases.sweeps(), cases.check_sweep)}, seconds)
 
 

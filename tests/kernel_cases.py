@@ -11,8 +11,7 @@ from castlm.core.errors import InputError
 from castlm.core.moments import MOMENT_KEYS, new_moments
 from castlm.core.nm import NM, nm_mask, pack_mask, refresh_mask_
 from castlm.core.update import adams_update
-from castlm.oneshot.sparsegpt import sweep_by_torch_
-from castlm.oneshot.sweep import sweep_
+from castlm.oneshot.sparsegpt import sweep_by_kernel_, sweep_by_torch_
 
 VALUES = [0.0, -0.0, 1.0, -1.0, 1e-45, -1e-38, 3.4e38, math.inf, -math.inf, math.nan]
 
@@ -154,7 +153,7 @@ def check_sweep(case):
     expected, expected_lost = weight.clone(), lost.clone()
     sweep_by_torch_(expected, expected_lost, *others, columns, n, m)
     before = weight.clone()
-    sweep_(*tensors, columns, n, m)
+    sweep_by_kernel_(*tensors, columns, n, m)
     outside = torch.ones(len(weight), dtype=torch.bool)
     outside[columns.start : columns.stop] = False
     assert torch.equal(weight[outside].nan_to_num(), before[outside].nan_to_num())

@@ -10,8 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from castlm.data.packing import document_mask, document_offsets
 from castlm.training import attention
-from castlm.training.apart import agree_end_to_end
-from castlm.training.attention import attend, use_attention_
+from castlm.training.attention import agree_end_to_end, attend, use_attention_
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
 from tests.tiny import VOCAB_SIZE, tiny_model
 

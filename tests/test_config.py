@@ -377,7 +377,7 @@ def test_the_list_of_commands_imports_nothing_heavy():
     [
         ("castlm p", {"prune", "pack", "plan"}, {"train", "plan memory"}),
         ("castlm plan ", {"check", "memory", "fit", "predict"}, {"train"}),
-        ("castlm plan memory --p", {"--pattern", "--prune", "--packed"}, {"--push-to-hub"}),
+        ("castlm plan memory --p", {"--pattern", "--prune"}, {"--push-to-hub"}),
         ("castlm train --learning", {"--learning-rate"}, {"--learning_rate"}),
         ("castlm train --method s", {"ste", "srste"}, {"cast"}),
         ("castlm prune --memory ", {"auto", "model", "block"}, {"--model"}),

@@ -201,7 +201,7 @@ def tables(monkeypatch):
 
 def test_the_page_has_a_file_for_each_row_of_its_table():
     assert set(FILES) == {command.split()[0] for command in COMMANDS}
-    assert len(FILES) == 8
+    assert len(FILES) == 10
 
 
 @pytest.mark.parametrize("name", FILES)

@@ -29,6 +29,7 @@ from castlm.oneshot.sparsegpt import sparsegpt_by_factor
 from castlm.oneshot.steps.round import quantize_
 from tests.pretend_gpu import PretendTensor, pretend_gpu
 from tests.runs import assert_equal_weights, begin_run, killed_in, small
+from tests.slow import slow
 from tests.tiny import tiny_model
 
 IDS = torch.randint(256, (3, 32), generator=torch.Generator().manual_seed(0))
@@ -180,7 +181,7 @@ def test_a_pruned_model_is_that_of_a_cpu(method):
         torch.testing.assert_close(ours, theirs)
 
 
-@pytest.mark.parametrize("free", [math.inf, 0])
+@pytest.mark.parametrize("free", [math.inf, slow(0)])
 def test_hidden_states_stay_in_the_memory_of_the_host_where_they_fit(free, gpu, llama, text, tmp_path, monkeypatch):
     read: list[Path] = []
     fromfile = np.fromfile

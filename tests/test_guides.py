@@ -86,6 +86,7 @@ SMALLER = [
     ("finetune", "", f"{RUN} --no-report"),
     ("prune", "--calibration", ONE_SHOT),
     ("quantize", "--calibration", ONE_SHOT),
+    ("quantize", "--train-steps", "--train-steps 2"),
     ("eval", "--text", "--seq-len 64"),
     ("generate", "", "--max-new-tokens 4"),
     ("sample", "", "--num-tokens 400 --max-new-tokens 32 --batch-size 4"),

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from castlm.core.hidden import hidden_distance
+from castlm.core.distill import hidden_distance
 from castlm.oneshot.methods import change_basis_
 from castlm.training.objective import Objective, as_teacher_
 from tests.runs import begin_run, small, take_steps

@@ -246,8 +246,7 @@ def sft_train(model, folder, callback, peft_config=None, **over):
     return trainer
 
 
-@pytest.mark.parametrize("decay", [0.0, 0.1])
-@pytest.mark.parametrize("is_sft", [False, True])
+@pytest.mark.parametrize(("is_sft", "decay"), [(False, 0.1), (True, 0.0)])
 def test_a_callback_makes_a_dense_model_sparse_in_a_trainer(is_sft, decay, tmp_path):
     """Also in TRL's, whose model, data and loss are its own."""
     model = tiny_model("llama")

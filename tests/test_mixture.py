@@ -11,7 +11,6 @@ from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Columns
 from castlm.data.documents import Documents, HubDocuments, Mixture
 from castlm.data.packing import BatchLoader, MixedSequences, PackedSequences
-from castlm.data.readers import JsonRows
 from castlm.data.tokens import Encoder, Tokens
 from castlm.distributed.world import init_world
 from castlm.training import text as text_module
@@ -92,9 +91,8 @@ def test_weights_are_read_from_the_names():
             of(f"a.txt:{weight}", "b.txt")
 
 
-def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(llama, text, tmp_path, monkeypatch):
-    index, parsed, names = JsonRows.index, [], []
-    monkeypatch.setattr(JsonRows, "index", lambda rows, chunks: parsed.append(rows._path) or index(rows, chunks))
+def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text(llama, text, tmp_path):
+    names = []
     for name in ("one", "two"):
         file = tmp_path / f"{name}.jsonl"
         rows = [TEXT[at : at + 300] for at in range(0, 9000, 300)]
@@ -106,7 +104,6 @@ def test_a_run_on_a_mixture_resumes_bit_for_bit_and_reports_each_evaluation_text
     facts = train(straight)
     assert facts.dataset.name == " + ".join([*names, text])
     killed = stop_and_resume(straight, 3)
-    assert [str(path) for path in parsed] == names * 2  # each start parses a file once, and the restart none
     rows = metrics(killed)
     last = next(row for row in reversed(rows) if "perplexity" in row)
     parts = [last["perplexity/one.jsonl"], last["perplexity/two.jsonl"]]

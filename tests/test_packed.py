@@ -56,6 +56,14 @@ def pruned(tmp_path_factory) -> Path:
     return pruned_folder(tmp_path_factory.mktemp("pruned") / "model")
 
 
+@pytest.fixture(scope="module")
+def packed(pruned, tmp_path_factory) -> Path:
+    """`pruned`, packed; tests that change it copy it first."""
+    folder = tmp_path_factory.mktemp("packed") / "packed"
+    pack_folder(pruned, folder)
+    return folder
+
+
 def assert_comes_back(source: Path, packed: Path, back: Path) -> None:
     """`packed` unpacks, to `back`, to every bit of `source`."""
     unpack_folder(packed, back)
@@ -296,12 +304,10 @@ DAMAGES = {  # exit code of verify, and what all readers name
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_every_kind_of_damage_is_refused_by_every_reader(damage, pruned, tmp_path, capsys):
+def test_every_kind_of_damage_is_refused_by_every_reader(damage, packed, tmp_path, capsys):
     """Nothing that is missing is filled with random numbers."""
     change_fn, code, words = DAMAGES[damage]
-    pack_folder(pruned, tmp_path / "packed")
-    folder, back = change(tmp_path / "packed", tmp_path / "changed", change_fn), tmp_path / "back"
-    capsys.readouterr()
+    folder, back = change(packed, tmp_path / "changed", change_fn), tmp_path / "back"
     for command in readers(folder, back):
         assert main(command) == (code if command[0] == "verify" else 2), command
         output = capsys.readouterr()
@@ -312,9 +318,8 @@ def test_every_kind_of_damage_is_refused_by_every_reader(damage, pruned, tmp_pat
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-def test_a_class_with_a_new_head_loads_a_packed_folder(pruned, tmp_path):
-    pack_folder(pruned, tmp_path / "packed")
-    assert AutoModelForSequenceClassification.from_pretrained(tmp_path / "packed").score.weight.isfinite().all()
+def test_a_class_with_a_new_head_loads_a_packed_folder(packed):
+    assert AutoModelForSequenceClassification.from_pretrained(packed).score.weight.isfinite().all()
 
 
 @pytest.mark.parametrize(
@@ -488,15 +493,11 @@ def assert_no_reader_takes_weights(folder: Path, named: str | None, back: Path, 
         AutoModelForCausalLM.from_pretrained(folder)
 
 
-@pytest.mark.parametrize("named", ["sub/castlm.safetensors", "a/../castlm.safetensors", "other.safetensors", None])
+@pytest.mark.parametrize("named", ["a/../castlm.safetensors", None])
 def test_weights_of_other_names_are_neither_verified_nor_loaded(named, pruned, tmp_path, capsys):
     folder = tmp_path / "packed"
     pack_folder(pruned, folder)
-    for place in (folder / "sub", folder / "a"):
-        place.mkdir()
-        shutil.copy(folder / FILE, place / FILE)
-    if named == "other.safetensors":
-        shutil.copy(folder / FILE, folder / named)
+    (folder / "a").mkdir()
     assert_no_reader_takes_weights(folder, named, tmp_path / "back", "names the weights")
 
 

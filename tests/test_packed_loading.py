@@ -18,7 +18,7 @@ from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.models.io import load_model
-from castlm.models.layout import PACKED_NOTICE
+from castlm.models.weights import PACKED_NOTICE
 from castlm.packed import generate, native
 from castlm.packed.in_engine import Greedy, why_not_in_engine
 from castlm.packed.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_

@@ -6,7 +6,7 @@ import torch
 from castlm.core.errors import InputError
 from castlm.data.packing import document_positions
 from castlm.distributed.world import init_world
-from castlm.training.apart import way_to_keep_apart
+from castlm.training.attention import way_to_keep_apart
 from castlm.training.objective import Objective
 from castlm.training.trainer import Trainer
 from tests.runs import small

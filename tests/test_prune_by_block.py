@@ -10,9 +10,9 @@ import torch
 from castlm.cli import prune as command
 from castlm.core.errors import InputError
 from castlm.export import pruned as prune_module
+from castlm.oneshot import basis as basis_module
 from castlm.oneshot.folder import HiddenStates, StartFolder
 from castlm.oneshot.source import StoredModel
-from castlm.oneshot.steps import change_basis as basis_module
 from castlm.oneshot.steps import solve as solve_module
 from tests.runs import assert_equal_weights, edit_weights, killed_in, record_of, weights
 from tests.slow import slow

@@ -10,14 +10,13 @@ import torch
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, nm_mask
-from castlm.oneshot import admm, sweep
 from castlm.oneshot import ranks as division
-from castlm.oneshot.admm import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks
+from castlm.oneshot import refine
 from castlm.oneshot.draw import default_sequences
 from castlm.oneshot.methods import applied, prune_oneshot_
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
 from castlm.oneshot.ranks import OneRank, by_rows
-from castlm.oneshot.refit import refit
+from castlm.oneshot.refine import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks, refit
 from castlm.oneshot.solvers import damped, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
 from castlm.oneshot.steps import solve
@@ -49,7 +48,7 @@ def test_the_kernel_of_sparsegpt_prunes_like_torch_on_any_number_of_threads(n, m
             found.append(sparsegpt_by_factor(weight[:, :few], factor[:few, :few], n, m))
     assert torch.equal(*found)
     by_kernel = sparsegpt_by_factor(weight, factor, n, m)
-    monkeypatch.setattr(sweep, "runs_on", lambda weight, columns: False)
+    monkeypatch.setattr("castlm.oneshot.sparsegpt.kernel_runs_on", lambda weight, columns: False)
     by_torch = sparsegpt_by_factor(weight, factor, n, m)
     assert torch.equal(by_kernel != 0, by_torch != 0)
     torch.testing.assert_close(by_kernel, by_torch, rtol=1e-4, atol=1e-4)
@@ -91,7 +90,7 @@ def by_the_letter(weight, target, hessian, iterations):
 
 @pytest.mark.parametrize("system", [Eigenvectors, Inverses])  # a CPU's, and a GPU's
 def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monkeypatch):
-    monkeypatch.setattr(admm, "system_of", system)
+    monkeypatch.setattr(refine, "system_of", system)
     monkeypatch.setattr(division, "MIN_ROWS", 4)  # three panels
     improved = 0
     for seed in range(6):

@@ -10,8 +10,8 @@ import castlm.training.train as training
 from castlm.core.errors import InputError
 from castlm.files.output import output_folder
 from castlm.files.record import OUTPUT, command_of, is_empty, record_output
+from castlm.training.checkpoint import RunFolder, is_restart
 from castlm.training.config import TrainConfig
-from castlm.training.run_folder import RunFolder, is_restart
 from tests.refusals import refuse_mkdir
 from tests.replaced import killed_at
 

@@ -14,8 +14,8 @@ from castlm.cli.main import main
 from castlm.core.shards import whole
 from castlm.distributed.loading import Place
 from castlm.distributed.world import closing, init_world
-from castlm.oneshot import admm
 from castlm.oneshot import ranks as division
+from castlm.oneshot import refine
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
 from castlm.training import trainer
@@ -43,7 +43,7 @@ def start(config: TrainConfig) -> None:
 
 def start_by_inverses(config: TrainConfig) -> None:
     """As `start`, with the systems that ADMM solves on a GPU."""
-    admm.system_of = admm.Inverses
+    refine.system_of = refine.Inverses
     start(config)
 
 

@@ -61,7 +61,7 @@ def test_the_loss_is_the_distance_to_that_model(llama, text, wider, tmp_path):
 
 
 def test_a_resumed_run_has_the_same_teacher(llama, text, wider, tmp_path, capsys):
-    config = run_in(tmp_path, llama, text, wider, save_steps=2, max_steps=4)
+    config = run_in(tmp_path, llama, text, wider, save_steps=2, max_steps=4, init_from="magnitude")
     train(config)
     assert f"teacher: {wider}" in capsys.readouterr().err
     record = json.loads((tmp_path / "run" / "model" / "castlm.json").read_text())
@@ -82,7 +82,7 @@ def test_a_resumed_run_has_the_same_teacher(llama, text, wider, tmp_path, capsys
 
 def test_a_cache_holds_the_tokens_of_that_model(llama, text, wider, tmp_path, lessons):
     cache = {"teacher_cache": str(tmp_path / "cache"), "teacher_top_k": 8}
-    config = run_in(tmp_path, llama, text, wider, **cache)
+    config = run_in(tmp_path, llama, text, wider, **cache, init_from="magnitude")
     train(config)
     assert len(lessons) == 8
     train(config.changed(output_dir=str(tmp_path / "again")))

@@ -22,11 +22,12 @@ from castlm.export.verify import verify
 from castlm.facts import Facts
 from castlm.files.output import begin_output
 from castlm.files.record import LOCK
+from castlm.methods.table import METHODS, Method
 from castlm.models.io import load_model
 from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
 from castlm.signals import Interrupt, Interrupted, ending_on_sigterm
-from castlm.training import run_folder, start
+from castlm.training import checkpoint, start
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import pruned
@@ -70,10 +71,7 @@ def test_every_family_ends_proved(family, text, tmp_path):
 @pytest.mark.parametrize(
     ("level", "pattern", "named"),
     [
-        ("avx512", "2:4", "16:32"),
         ("avx2", "2:4", "8:16"),
-        ("avx2", "1:4", ""),
-        ("neon", "2:4", ""),
         ("amx", "16:32", ""),
     ],
 )
@@ -460,7 +458,7 @@ def test_a_signal_while_the_folder_changes_waits_for_a_step_and_saves(llama, tex
         begin_output(*about, **more)
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(run_folder, "begin_output", stopped)
+    monkeypatch.setattr(checkpoint, "begin_output", stopped)
     with pytest.raises(Interrupted, match=r"stopped after step 1, .*castlm train --config \S+ --resume"):
         train(config.changed(overwrite=True))
     assert list(checkpoint_steps(tmp_path / "run" / "checkpoints")) == [1]
@@ -518,3 +516,11 @@ def test_a_signal_that_a_library_turns_into_an_error_is_not_lost(block, number, 
     with pytest.raises(error):
         work()
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == handlers
+
+
+def test_a_subclass_of_cast_whose_row_does_not_decay_is_refused_first(llama, text, tmp_path, monkeypatch):
+    """AdamS would decay nothing, and the prune would remove weights that are not zero."""
+    row = METHODS["cast"]
+    monkeypatch.setitem(METHODS, "mine", Method(row.module, row.class_name, "without its options"))
+    with pytest.raises(InputError, match="'decay'"):
+        train(small(llama, text, tmp_path / "run", method="mine"))

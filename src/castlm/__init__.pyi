@@ -33,6 +33,7 @@ from castlm.core.sparsify import is_sparse_linear as is_sparse_linear
 from castlm.core.sparsify import prune_ as prune_
 from castlm.core.sparsify import sparse_linears as sparse_linears
 from castlm.core.sparsify import sparse_param_groups as sparse_param_groups
+from castlm.core.sparsify import weight_parameter as weight_parameter
 from castlm.data.calibration import draw_calibration as draw_calibration
 from castlm.evaluation.perplexity import perplexity as perplexity
 from castlm.export.hf import export_model as export_model
@@ -43,8 +44,8 @@ from castlm.facts import Facts as Facts
 from castlm.methods.adapters import PatternCallback as PatternCallback
 from castlm.methods.adapters import keep_pattern_ as keep_pattern_
 from castlm.methods.adapters import shira_config as shira_config
-from castlm.methods.trainer import CastCallback as CastCallback
-from castlm.methods.trainer import CastTrainer as CastTrainer
+from castlm.methods.callback import CastCallback as CastCallback
+from castlm.methods.callback import CastTrainer as CastTrainer
 from castlm.models.io import load_model as load_model
 from castlm.models.io import save_model as save_model
 from castlm.oneshot.draw import calibration_length as calibration_length

@@ -111,7 +111,7 @@ def finetune(arguments: list[str]) -> int:
 def _tell_of_checkpoints(folder: Path) -> None:
     """Tells the size of the checkpoints that a finished run leaves, if it is one that a disk feels."""
     from castlm.progress import note
-    from castlm.training.run_folder import RunFolder
+    from castlm.training.checkpoint import RunFolder
 
     checkpoints = RunFolder(folder).checkpoints
     size = sum(file.stat().st_size for file in checkpoints.rglob("*") if file.is_file())

@@ -18,8 +18,7 @@ from torch.optim.optimizer import ParamsT
 from castlm.core import native
 from castlm.core.decay import DECAYS
 from castlm.core.errors import DivergedError, InputError, one_line
-from castlm.core.host_moments import HostMoments
-from castlm.core.moments import MOMENT_KEYS, MOMENTS, from_codes, moment_dtype, new_moments
+from castlm.core.moments import MOMENT_KEYS, MOMENTS, HostMoments, from_codes, moment_dtype, new_moments
 from castlm.core.native import Batch
 from castlm.core.nm import NM, Pattern, pack_mask, parse_pattern, refresh_masks_, replace_mask_, unpack_mask
 from castlm.core.shards import check_matrix, flat, like_rows, local
@@ -209,9 +208,15 @@ class AdamS(Optimizer):
             mask: bool, True = kept, shaped and placed like `param`, or like this rank's part of it.
 
         Raises:
-            InputError: another shape or dtype, or a mask that keeps more than the pattern does.
+            InputError: `param` is no sparse parameter of this optimizer, the mask has another shape or dtype, or it
+                keeps more than the pattern does.
         """
-        group = next(group for group in self.param_groups if any(param is own for own in group["params"]))
+        group = next((g for g in self.param_groups if g["sparse"] and any(param is own for own in g["params"])), None)
+        if group is None:
+            raise InputError(
+                f"a tensor of shape {tuple(param.shape)} is no sparse parameter of this AdamS: give a mask for "
+                "castlm.weight_parameter(layer), which is the trained weight also of a layer with weight scaling"
+            )
         group["pattern"].check_mask(local(mask), param)
         local(self.state[param]["mask"]).copy_(pack_mask(local(mask)))
 
@@ -235,7 +240,7 @@ class AdamS(Optimizer):
         """The number of mask entries on this rank that the latest refresh changed."""
         return int(self._flips)
 
-    def restore_flips(self, flips: int) -> None:
+    def set_flips(self, flips: int) -> None:
         """Sets what `flips` returns until the next refresh, after a resume."""
         self._flips = flips
 
@@ -279,7 +284,7 @@ class AdamS(Optimizer):
             # one by one, as only the moments of those that are updated together leave the host together
             parts = [[param] for param in group["params"]] if self._host else [group["params"]]
             for params in parts:
-                self._step_group(group, params)
+                self.step_group(group, params)
         self.wait_for_moments()
         return loss
 
@@ -302,8 +307,8 @@ class AdamS(Optimizer):
     def update(self, params: Iterable[Tensor]) -> None:
         """Updates some parameters: a part of the second half of `step`.
 
-        After `begin_step`, each parameter is updated once, as soon as its gradient is whole; in any order and any parts
-        the weights are those of `step`. No pass may use the old weights any more.
+        Call it after `begin_step`, once for each parameter, as soon as its gradient is whole. The result equals `step`,
+        whatever the order or grouping. Call it only when no later forward or backward pass needs the old weights.
 
         Raises:
             InputError: as `step`. None of these parameters has been changed then.
@@ -314,7 +319,7 @@ class AdamS(Optimizer):
             for param in some:
                 _check_gradient(param, self.state[param], group, self._host is not None)
         for group, some in zip(self.param_groups, chosen):
-            self._step_group(group, some)
+            self.step_group(group, some)
 
     def fetch_moments(self, params: Iterable[Tensor]) -> None:
         """Begins to copy the moments of parameters that are updated next from the host, if they are kept there."""
@@ -327,7 +332,11 @@ class AdamS(Optimizer):
         if self._host:
             self._host.wait()
 
-    def _step_group(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+    def step_group(self, group: dict[str, Any], params: Iterable[Tensor]) -> None:
+        """Updates some parameters of a group by their gradients. A subclass with another rule overrides it.
+
+        `step` and `update` call it after the masks are refreshed; it must add 1 to the `step` of each parameter.
+        """
         # The numbers of the update depend on the step, and its kernels on device, dtype and kind of moments. All
         # parameters agree in these unless one joined later or is placed elsewhere.
         alike: dict[Any, list[Tensor]] = {}

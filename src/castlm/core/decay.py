@@ -57,7 +57,7 @@ DECAYS: dict[str, Decay] = {
         exact_zero=True,
         uses_decay_end=True,
         keep=lambda alpha: 1 - alpha,  # mix = (1 - a_t) mu
-        # The factors of all steps multiply to 1 - a_t: a weight that its gradient leaves alone falls along the ramp.
+        # The factors of all steps multiply to 1 - a_t: a masked weight with zero gradient shrinks as 1 - a_t.
         remaining=lambda alpha, alpha_next: (1 - alpha_next) / (1 - alpha) if alpha < 1 else 0.0,
     ),
     "proportional": _PAPER,

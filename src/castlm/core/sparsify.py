@@ -185,7 +185,11 @@ def _why_dense(module: nn.Module, fqn: str, name: str, param: Tensor, owners: Co
 
 
 def weight_parameter(layer: SparseLayer) -> Tensor:
-    """The trained weight of a layer, (out, in) or (experts, out, in); the tensor beneath a parametrization, if any."""
+    """The trained weight of a layer, (out, in) or (experts, out, in): the parameter beneath weight scaling, if any.
+
+    Masks belong to this parameter. `layer.weight` of a layer with weight scaling is the product `W * A`, a new tensor
+    at each access.
+    """
     if parametrize.is_parametrized(layer, "weight"):
         return layer.get_parameter("parametrizations.weight.original")
     return layer.weight

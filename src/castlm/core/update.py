@@ -1,7 +1,7 @@
 """The AdamS step: its equations as one pure function on plain tensors, and the update of many parameters in place.
 
-`tests/reference.py` holds the same equations weight by weight in Python, and `kernels.cpp` for CPUs. The optimizer in
-`adams.py` chooses the parameters and the numbers; nothing here knows of groups, state or ranks.
+The same equations are in `tests/reference.py`, weight by weight in Python, and in `kernels.cpp`, for CPUs. The
+optimizer in `adams.py` knows groups, state and ranks, and passes plain tensors and numbers to this module.
 """
 
 from __future__ import annotations

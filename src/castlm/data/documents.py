@@ -21,7 +21,6 @@ import numpy as np
 
 from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, Position, find_columns
-from castlm.data.line_index import LineIndexes
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.readers import (
     GzipJsonLines,
@@ -35,14 +34,13 @@ from castlm.data.readers import (
 from castlm.say import Progress, silent
 from castlm_runtime.reading import check_regular, user_path
 
-OPENERS: dict[str, Callable[[Path, TextOptions, Pool, LineIndexes | None], Pieces]] = {
-    ".txt": lambda file, options, pool, indexes: open_text(file, pool.told),
-    ".jsonl": lambda file, options, pool, indexes: JsonLines(file, options, indexes, pool.told),
-    ".jsonl.gz": lambda file, options, pool, indexes: GzipJsonLines(file, options, pool),
-    ".parquet": lambda file, options, pool, indexes: ParquetRows(file, options, pool),
+OPENERS: dict[str, Callable[[Path, TextOptions, Pool], Pieces]] = {
+    ".txt": lambda file, options, pool: open_text(file, pool.told),
+    ".jsonl": lambda file, options, pool: JsonLines(file, options, pool.told),
+    ".jsonl.gz": lambda file, options, pool: GzipJsonLines(file, options, pool),
+    ".parquet": lambda file, options, pool: ParquetRows(file, options, pool),
 }
-"""The reader of a file by its suffix: a function of the file, the options, the cache of decompressed units, and the
-places of lines that an earlier start of the run has found."""
+"""The reader of a file by its suffix: a function of the file, the options and the cache of decompressed units."""
 SHUFFLE_BYTES = 256 << 20  # decompressed gzip segments and parquet row groups that are held and shuffled together
 HUB_NAME = re.compile(r"([\w-][\w.-]*(?:/[\w.-]+)?)(?::([\w.-]+))?(?:@([\w./-]+))?")
 """The name of a hub dataset: repository, configuration and revision."""
@@ -257,7 +255,6 @@ def open_documents(
     options: TextOptions = DEFAULTS,
     *,
     split: str = "train",
-    indexes: LineIndexes | None = None,
     shown: Shown | None = None,
 ) -> Documents | HubDocuments:
     """Opens a file, a folder, a glob, or a dataset of the Hugging Face Hub.
@@ -271,7 +268,6 @@ def open_documents(
 
     Args:
         split: of a hub dataset.
-        indexes: of .jsonl files, from an earlier start of a run; takes those of the files that are opened.
         shown: shows the progress of opening files of `LARGE_BYTES` and more.
 
     Raises:
@@ -294,7 +290,7 @@ def open_documents(
             progress(read >> 20, total >> 20)
 
         pool = Pool(SHUFFLE_BYTES, told)
-        sources = [OPENERS[_suffix(file)](file, options, pool, indexes) for file in files]
+        sources = [OPENERS[_suffix(file)](file, options, pool) for file in files]
     documents = Documents(sources, pool, str(dataset))
     plain = [file for file, source in zip(files, sources) if source.kind is Kind.TEXT and len(source.last)]
     if plain and documents.kind is not Kind.TEXT:

@@ -25,7 +25,6 @@ import numpy as np
 
 from castlm.core.errors import InputError, naming, one_line
 from castlm.data.columns import Columns, Document, Kind, find_columns
-from castlm.data.line_index import LineIndex, LineIndexes, key_of
 from castlm.data.options import TextOptions
 from castlm.say import silent
 from castlm_runtime.reading import check_regular, open_regular, parse_json, sha256_file
@@ -271,37 +270,14 @@ class JsonLines(Spans):
     """A file with one JSON object per line.
 
     Args:
-        indexes: of an earlier start, from which the places of the documents are taken; otherwise every line is parsed.
         told: see `Pool`.
     """
 
-    def __init__(
-        self,
-        path: Path,
-        options: TextOptions,
-        indexes: LineIndexes | None = None,
-        told: Callable[[int], object] = silent,
-    ) -> None:
-        rows, key = JsonRows(path, options), key_of(path, options)
-        buffer = map_file(path)
-        index = None if indexes is None else indexes.find(key)
-        if index is None:
-            with open_regular(path) as file:
-                start, stop = rows.index(_telling(iter(partial(file.read, READ_BYTES), b""), told))
-            at = buffer.find(rows.columns_row)  # the first equal line has the same columns
-            columns_row = (at, at + len(rows.columns_row)) if at >= 0 else (0, 0)
-            index = LineIndex(key, np.stack([start, stop], axis=1), columns_row, rows.kind)
-        elif index.columns_row[1]:
-            rows.read(buffer[slice(*index.columns_row)])
-        if indexes is not None:
-            indexes.keep(index)
-        self._index, starts, stops = index, index.spans[:, 0], index.spans[:, 1]
-        super().__init__(buffer, starts, stops, np.ones(len(starts), dtype=bool), rows.read, index.kind)
-
-    def sha256(self) -> str:
-        if self._index.sha256 is None:
-            self._index.sha256 = super().sha256()
-        return self._index.sha256
+    def __init__(self, path: Path, options: TextOptions, told: Callable[[int], object] = silent) -> None:
+        rows, buffer = JsonRows(path, options), map_file(path)
+        with open_regular(path) as file:
+            start, stop = rows.index(_telling(iter(partial(file.read, READ_BYTES), b""), told))
+        super().__init__(buffer, start, stop, np.ones(len(start), dtype=bool), rows.read, rows.kind)
 
 
 class GzipJsonLines(Pieces):

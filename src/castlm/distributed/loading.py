@@ -31,8 +31,8 @@ from castlm.dtypes import STORED
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.gguf import GgufWeights, forget_gguf, gguf_weights
 from castlm.models.io import Loaded, as_input_error, open_model, quiet, stored_dtype, weights_of
-from castlm.models.layout import OLD_BUFFERS
 from castlm.models.stored_layout import Part, StoredLayout
+from castlm.models.weights import OLD_BUFFERS
 from castlm_runtime.stored import StoredTensor, byte_chunks, read_header
 
 _PIECE = 1 << 22
@@ -178,8 +178,8 @@ AnyPlace = Place | ExpertPlaces | GgufPlace
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """The place of each parameter of a model, by its name without weight scaling."""
+class StoredWeights:
+    """Where each parameter of a model is stored, by its name without weight scaling."""
 
     source: str
     places: Mapping[str, AnyPlace]
@@ -236,7 +236,7 @@ class Checkpoint:
             yield piece
 
 
-def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, Checkpoint] | None:
+def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) -> tuple[Loaded, StoredWeights] | None:
     """The model that `load_model` would load, without its weights: parameters on the meta device, buffers real.
 
     Returns None if a rank cannot read its weights one by one: for weights that transformers converts while loading,
@@ -258,7 +258,7 @@ def open_sharded(name: str, *, trust_remote_code: bool, revision: str | None) ->
     if model.can_generate() and not where.gguf:
         with quiet(where), contextlib.suppress(OSError):  # the model may have no generation config
             model.generation_config = GenerationConfig.from_pretrained(where.target, revision=where.revision or "main")
-    return Loaded(model.eval(), tokenizer, where.source, dtype), Checkpoint(where.source, places)
+    return Loaded(model.eval(), tokenizer, where.source, dtype), StoredWeights(where.source, places)
 
 
 def empty_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -378,7 +378,7 @@ def materialize_(module: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> None:
+def load_rows_(model: PreTrainedModel, checkpoint: StoredWeights, world: World) -> None:
     """Reads this rank's rows of every parameter, which must be finite; weight scales are ones."""
     failure = None
     with opened_files() as read:
@@ -399,7 +399,7 @@ def load_rows_(model: PreTrainedModel, checkpoint: Checkpoint, world: World) -> 
     world.check_all(failure)  # of any rank: all ranks call this, and all stop
 
 
-def read_finite(checkpoint: Checkpoint, name: str, read: Reader, rows: slice) -> Tensor:
+def read_finite(checkpoint: StoredWeights, name: str, read: Reader, rows: slice) -> Tensor:
     """Reads some rows of a weight. Raises `InputError` if they cannot be read or are not finite."""
     what = f"{name} of {checkpoint.source}"
     try:

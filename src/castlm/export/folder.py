@@ -22,11 +22,17 @@ from castlm.core.errors import InputError, one_line
 from castlm.core.nm import Pattern
 from castlm.facts import Facts
 from castlm.files.record import RESULT
-from castlm.models.layout import OLD_BUFFERS, names_no_weights, parts_of_config
 from castlm.models.locate import check_holds_model
-from castlm.models.weights import loading_only, places_in, stored_weights
+from castlm.models.weights import (
+    OLD_BUFFERS,
+    loading_only,
+    names_no_weights,
+    parts_of_config,
+    places_in,
+    stored_weights,
+)
 from castlm.patterns import parse_pattern
-from castlm_runtime.formats import FORMATS
+from castlm_runtime.formats import FORMATS, PACKABLE
 from castlm_runtime.reading import read_json_object, user_path
 from castlm_runtime.stored import (
     INDEX,
@@ -59,7 +65,7 @@ def read_facts(folder: Path) -> Facts:
     The kind of `rounded`, for a model that was trained with rounded weights, is the name of a format.
     """
     facts = Facts.read(folder)
-    kinds = [form.name for form in FORMATS.values() if form.group]
+    kinds = [name for name in PACKABLE if FORMATS[name].group]
     if facts.rounded is not None and facts.rounded.kind not in kinds:
         raise InputError(
             f"{folder / RESULT}: rounded.kind is {facts.rounded.kind!r:.100}, not {' or '.join(kinds)}: fetch it again"

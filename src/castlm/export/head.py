@@ -24,8 +24,7 @@ from castlm.models.io import load_model
 from castlm.oneshot.draw import calibration_length
 from castlm.oneshot.run import run_start
 from castlm.oneshot.source import MemoryModel, Source, StoredModel
-from castlm.oneshot.steps.round import layers_to_round
-from castlm.oneshot.steps.see_head import SeeHead
+from castlm.oneshot.steps.round import SeeHead, layers_to_round
 from castlm.say import Progress, Say, silent
 
 

@@ -51,9 +51,9 @@ from castlm.formats.rounding import Rounded, on_grid, round_table
 from castlm.models.architecture import embedding_weight, output_head, shape_model
 from castlm.models.gguf import correlation_of_tables, forget_gguf, is_head_finer
 from castlm.models.io import load_model, open_config, some_of
-from castlm.models.layout import PACKED_NOTICE, names_no_weights
 from castlm.models.locate import cached_snapshot, local_folder, locate
 from castlm.models.stored_layout import StoredLayout
+from castlm.models.weights import PACKED_NOTICE, names_no_weights
 from castlm.packed.layers import can_pack_tables
 from castlm.packed.tensor import (
     PackedTensor,
@@ -368,7 +368,7 @@ def _grid_of(facts: Facts) -> str | None:
     if facts.rounded is not None:
         return facts.rounded.kind
     form = FORMATS.get(facts.quantized.kind) if facts.quantized is not None else None
-    return form.name if form is not None and form.group else None
+    return form.name if form is not None and form.group and form.runs_as else None
 
 
 def _float_name(tensor: StoredTensor) -> str | None:

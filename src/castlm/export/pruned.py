@@ -17,7 +17,7 @@ from castlm.core.sparsify import SparseLayer, scope_of
 from castlm.data.calibration import CalibrationText
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import Encoder, open_encoder
-from castlm.distributed.loading import Checkpoint, fingerprint, open_sharded
+from castlm.distributed.loading import StoredWeights, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
@@ -181,7 +181,9 @@ def prune_folder(
     return report
 
 
-def _opened(name: str, memory: Memory, in_fp32: bool, loading: Mapping[str, Any]) -> tuple[Loaded, Checkpoint | None]:
+def _opened(
+    name: str, memory: Memory, in_fp32: bool, loading: Mapping[str, Any]
+) -> tuple[Loaded, StoredWeights | None]:
     """The model in memory and None; or the model without weights and the checkpoint that holds them.
 
     Args:

@@ -22,7 +22,7 @@ from castlm.core.sparsify import sparse_linears
 from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import text_encoder
-from castlm.distributed.loading import Checkpoint, open_sharded
+from castlm.distributed.loading import StoredWeights, open_sharded
 from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.folder import has_own_code, left_dense_reason, read_facts
@@ -43,14 +43,15 @@ from castlm.oneshot.folder import begun_work, block_file, partial_folder, remove
 from castlm.oneshot.source import MemoryModel, StoredModel
 from castlm.oneshot.steps.round import (
     CODES,
+    HEAD_HESSIAN,
     SCALES,
     QuantizeReport,
     Round,
+    SeeHead,
     layers_to_round,
     round_blocks,
     stored_layers,
 )
-from castlm.oneshot.steps.see_head import HEAD_HESSIAN, SeeHead
 from castlm.say import Progress, Say, silent
 from castlm_runtime.formats import FORMATS
 
@@ -97,7 +98,8 @@ def quantize_folder(
     Args:
         name: a model folder, hub id, GGUF file or "demo".
         folder: the output, a plain model folder with the rounded values, or a packed one; with `gguf`, a file.
-        kind: "int8" or "fp8", to the nearest with a scale per row; "int4", "int3", by GPTQ with a scale per 64 columns.
+        kind: "int8" or "fp8", to the nearest with a scale per row; "int4", "int3", by GPTQ with a scale per 64 columns;
+            "q4_0", as GGUF files have it, with a scale per 32.
         pattern: the model's pattern, verified before and after; None for a dense model.
         calibration: int3 needs it; without it int4 is rounded to the nearest.
         packed: store the integers and scales in castlm's packed format.
@@ -321,7 +323,7 @@ def _round_whole(
 @contextlib.contextmanager
 def _rounded_by_block(
     loaded: Loaded,
-    checkpoint: Checkpoint,
+    checkpoint: StoredWeights,
     dtype: torch.dtype,
     step: Round,
     see_head: SeeHead | None,

@@ -30,7 +30,7 @@ from castlm.export.folder import (
     stored_tensors,
 )
 from castlm.export.verify_report import ALLOW_DENSE, LayerReport, VerifyReport
-from castlm.models.layout import OLD_BUFFERS
+from castlm.models.weights import OLD_BUFFERS
 from castlm.patterns import parse_pattern
 from castlm_runtime.formats import FORMATS
 from castlm_runtime.packed import PackedSpec, read_specs, split_codes

@@ -79,11 +79,11 @@ class Retraining:
         left_dense: the reason by the name of each layer that stays dense.
     """
 
+    optimizer_class = AdamS  # a subclass has another update rule
     whole_copies = False  # whether each rank holds a whole copy of the model
     masks_forward = True  # whether the forward pass multiplies by the mask
     passes_gradient = True  # whether the gradient then reaches masked weights
-    mask_every: int | None = None  # steps between refreshes of the forward mask
-    mask_interval = 0  # steps between refreshes of AdamS's masks; 0: never
+    mask_interval: int = 0  # steps between refreshes of the masks, in the forward pass or in AdamS; 0: never
 
     def __init__(
         self,
@@ -133,7 +133,7 @@ class Retraining:
             groups = [part for group in groups for part in self._with_scales_apart(group)]
         if optimizer.weight_decay:
             groups = [part for group in groups for part in self._with_weight_decay(group)]
-        self.optimizer = AdamS(
+        self.optimizer = self.optimizer_class(
             groups,
             lr=optimizer.learning_rate,  # type: ignore[arg-type]  # a run has filled the default in by now
             betas=optimizer.adam_betas,
@@ -223,13 +223,13 @@ class Retraining:
         forward_mask(layer).copy_(mask)
 
     def before_forward(self, step: int) -> None:
-        """Refreshes the masks of the forward pass."""
-        if self.mask_every and step % self.mask_every == 0:
+        """Refreshes the masks of the forward pass. Called at the top of each step, before the passes."""
+        if self.masks_forward and self.mask_interval and step % self.mask_interval == 0:
             self.set_masks(self.magnitude_masks())
 
     @torch.no_grad()
     def set_masks(self, new: Mapping[SparseLayer, Tensor]) -> None:
-        """Replaces masks of the forward pass; a method with a rule of its own calls it in `before_forward`.
+        """Replaces masks; a method with a rule of its own calls it in `before_forward`.
 
         Args:
             new: by layer, bool, True = kept, shaped like the rows of its weight that this rank holds.
@@ -247,10 +247,11 @@ class Retraining:
     @property
     def fixed_figures(self) -> frozenset[str]:
         """The figures of an evaluation that cannot change during this run."""
-        flips = () if self.mask_every or self.mask_interval else ("flip_rate", "initial_flip_rate")
+        changes_masks = self.mask_interval or type(self).before_forward is not Retraining.before_forward
+        flips = () if changes_masks else ("flip_rate", "initial_flip_rate")
         return frozenset(flips) | ({"prune_now_ppl"} if self.masks_forward else frozenset())
 
-    def restore_flips(self, flips: int) -> None:
+    def set_flips(self, flips: int) -> None:
         """Sets what `flips` returns until the next refresh, after a resume."""
         self._flips = flips
 
@@ -284,7 +285,7 @@ class Retraining:
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a checkpoint holds beside the parameters and the optimizer's state."""
-        # a mask is up to `mask_every` steps old: the weights do not tell it
+        # A mask is up to `mask_interval` steps old, so it cannot be computed from the weights.
         return {f"mask.{name}": forward_mask(layer) for name, layer in self.layers.items()}
 
 

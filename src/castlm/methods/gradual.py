@@ -22,10 +22,6 @@ class GradualMagnitude(Retraining):
 
     passes_gradient = False
 
-    @property
-    def fixed_figures(self) -> frozenset[str]:
-        return frozenset({"prune_now_ppl"})
-
     @classmethod
     def check(cls, method: MethodOptions, optimizer: OptimizerOptions) -> None:
         interval, steps = method.mask_interval, optimizer.max_steps

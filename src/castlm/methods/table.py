@@ -1,8 +1,8 @@
 """The table of training methods: what is known of each without its class.
 
-Options, their help and their checks read these facts. Importing a class imports torch, so that `--help` would take 2
-seconds of processor time in place of 0.1. What a method does in a run stands on its class alone (`base.py`), and no
-fact is in both places. `base.class_of` imports the class.
+Options, their help and their checks read these facts without torch, whose import would make `--help` take 2 seconds of
+processor time in place of 0.1. The class of a method (`base.py`) says what it does in a run; no fact is in both places.
+`base.class_of` imports the class.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ METHODS: dict[str, Method] = {
         "castlm.methods.ste", "SRSTE", "STE with a decay of the masked weights (arXiv 2102.04010)", ("lam",)
     ),
     "ast": Method(
-        "castlm.methods.ast",
+        "castlm.methods.ste",
         "AST",
         "SR-STE with an annealed decay: the equation of AST (arXiv 2407.20584) under plain Adam, masks by magnitude; "
         "its authors' optimizer adds the decay after the momentum and takes masks by Wanda's metric",

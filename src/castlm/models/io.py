@@ -49,10 +49,9 @@ from castlm.models.architecture import (
     vocab_size,
 )
 from castlm.models.gguf import fast_gguf, forget_gguf, num_elements
-from castlm.models.layout import OLD_BUFFERS, names_no_weights
 from castlm.models.locate import Location, find
 from castlm.models.stored_layout import StoredLayout, by_block
-from castlm.models.weights import loading_only, stored_weights
+from castlm.models.weights import OLD_BUFFERS, loading_only, names_no_weights, stored_weights
 from castlm_runtime.stored import QUANT_METHOD, StoredTensor, packed_weights, read_header
 
 PROCESSOR_FILES = (

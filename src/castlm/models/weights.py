@@ -3,12 +3,15 @@
 Which files a model is loaded from depends on config.json, on what lies beside it, and on the version of transformers.
 Predicting this has been wrong; so every reader of weights (`verify`, loading, sharded loading, packing) asks here, and
 `loading_only` compares the answer with the files that transformers is about to open.
+
+Neither torch nor transformers is imported before a function needs it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -29,6 +32,7 @@ from castlm_runtime.stored import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
 
 _LOADING = threading.RLock()
 
@@ -160,3 +164,26 @@ def loading_only(stored: Iterable[StoredTensor]) -> Iterator[None]:
             PreTrainedModel._load_pretrained_model = staticmethod(load)  # type: ignore[method-assign]
     if not compared:
         raise InputError(f"transformers loaded other weights than {min(wanted, default='')}: save the model again")
+
+
+PACKED_NOTICE = (
+    "castlm's packed format: install castlm and call castlm.register() before from_pretrained, or castlm unpack it"
+)
+"""`transformers_weights` of a packed folder. It names no file: transformers without castlm quotes it in its error."""
+
+
+def names_no_weights(transformers_weights: object) -> bool:
+    """Whether the entry `transformers_weights` of a config.json is absent, or the notice of any version of castlm."""
+    return transformers_weights is None or str(transformers_weights).startswith(PACKED_NOTICE.partition(":")[0])
+
+
+OLD_BUFFERS = re.compile(r"\.(inv_freq|masked_bias|attn\.bias|attention\.bias)$")
+"""Causal masks and rotary tables that old checkpoints store and today's models compute."""
+
+
+def parts_of_config(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """The content of a config.json and of all configs in it, such as `text_config`, at any depth."""
+    yield config
+    for value in config.values():
+        if isinstance(value, dict):
+            yield from parts_of_config(value)

@@ -206,12 +206,6 @@ def sampled_energies(weights: Sequence[Tensor], hessian: Tensor) -> list[float]:
     return [float(row_energies(_sampled(weight), hessian).sum().clamp(min=1e-30)) for weight in weights]
 
 
-def solved_errors_holds(columns: int) -> int:
-    """Elements that `solved_errors` holds at its peak, with its factor, for weights that are wider than 512."""
-    # while the factor is made, the damped Hessian and two copies of it; later it, transposed, and the shares of losses
-    return 4 * columns**2
-
-
 def solved_errors(
     weights: Sequence[Tensor], hessian: Tensor, factor: Tensor, pattern: NM, energies: Sequence[float]
 ) -> list[float]:

@@ -9,9 +9,11 @@ layers solved by SparseGPT and leaves the outputs the same.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +22,7 @@ from transformers import PreTrainedModel
 from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
+from castlm.data.calibration import CalibrationText
 from castlm.oneshot.axes import (
     Term,
     find_permutation,
@@ -27,16 +30,17 @@ from castlm.oneshot.axes import (
     rotate_columns,
     sampled_energies,
     solved_errors,
-    solved_errors_holds,
 )
 from castlm.oneshot.families import Attention, Block, Mlp, describe
-from castlm.oneshot.inputs import entries_of
+from castlm.oneshot.inputs import entries_of, see_inputs
 from castlm.oneshot.options import BasisOptions, Effort
 from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
-from castlm.oneshot.report import BasisReport
+from castlm.oneshot.report import BasisReport, OneshotReport
 from castlm.oneshot.routed import Seen
-from castlm.oneshot.solvers import damped, row_energies, whole_hessian
-from castlm.oneshot.walk import BlockInputs
+from castlm.oneshot.solvers import SOLVERS, damped, row_energies, whole_hessian
+from castlm.oneshot.source import Source
+from castlm.oneshot.steps.base import Step
+from castlm.oneshot.walk import BlockInputs, Visit
 
 TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2
 """Largest difference of an output relative to the largest output, for weights of 32 bits, and for weights of 16 bits,
@@ -290,12 +294,6 @@ def permute_neurons_(mlp: Mlp, statistics: Statistics, order: Tensor) -> Undo:
     return set_weights_(new)
 
 
-def permute_neurons_holds(rows: int, columns: int) -> int:
-    """Elements that `find_order` holds at its peak for a down-projection, beside its weight and statistic."""
-    # the permuted Hessian, the weight in fp32 and permuted; later, old and new values of three matrices are less
-    return columns**2 + 2 * rows * columns + solved_errors_holds(columns)
-
-
 def set_weights_(new: list[tuple[Tensor, Tensor]]) -> Undo:
     """Gives weights new values, in place, and returns the old ones."""
     undo = [(weight, weight.clone()) for weight, _ in new]
@@ -312,3 +310,46 @@ def tolerance_of(dtype: torch.dtype) -> float:
 def distance(before: Tensor, after: Tensor) -> float:
     """The largest difference, relative to the largest magnitude in `before`."""
     return float((after - before).abs().max() / before.abs().max())
+
+
+class ChangeBasis(Step):
+    """Changes the basis inside each block so that pruning it to n:m loses less; see `castlm.oneshot.basis`.
+
+    A family that does not allow the changes keeps its basis with rotate auto, and the report says why.
+    """
+
+    is_divided = True
+
+    def __init__(self, pattern: NM, basis: BasisOptions, effort: Effort) -> None:
+        self.pattern, self.basis, self.effort = pattern, basis, effort
+        self.is_known = False
+        """Whether the family of the model allows the changes."""
+
+    def __str__(self) -> str:
+        return "a change of basis"
+
+    def options(self) -> dict[str, Any]:
+        effort = self.effort
+        iterations = {
+            "rotation_iterations": effort.rotation_iterations,
+            "permute_iterations": effort.permute_iterations,
+        }
+        return {**asdict(self.basis), **iterations}
+
+    def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
+        note = why_unchanged(source.model, self.basis)
+        self.is_known = note is None
+        report.basis.notes += [note] if note else []
+
+    def __call__(self, visit: Visit, report: OneshotReport) -> None:
+        if not self.is_known or visit.inputs is None or not visit.inside:
+            return
+        began = time.perf_counter()
+        # The statistics stay in `visit`, in the new basis, and save `Solve` its first pass over the text.
+        visit.seen = see_inputs(visit.inside, visit.inputs, SOLVERS["sparsegpt"], visit.inputs.num_sequences)
+        # Described again, because the earlier views may be of weights that have left the memory.
+        block = describe(visit.source.model)[visit.index]
+        change_block_basis_(
+            block, visit.seen, visit.inputs, self.basis, self.effort, self.pattern, report.basis, visit.ranks
+        )
+        report.basis.seconds += time.perf_counter() - began

@@ -115,7 +115,7 @@ def steps_of(
     Raises:
         InputError: as `applied`, or a rotation that does not apply.
     """
-    from castlm.oneshot.steps.change_basis import ChangeBasis
+    from castlm.oneshot.basis import ChangeBasis
     from castlm.oneshot.steps.reconstruct import Reconstruct
     from castlm.oneshot.steps.solve import Solve
 
@@ -216,7 +216,7 @@ def change_basis_(
         >>> tokens = draw_calibration(token_ids, seq_len=calibration_length(model), seed=0)  # doctest: +SKIP
         >>> change_basis_(model, tokens, say=print)  # doctest: +SKIP
     """
-    from castlm.oneshot.steps.change_basis import ChangeBasis
+    from castlm.oneshot.basis import ChangeBasis
 
     pattern = parse_pattern(pattern)
     if not isinstance(pattern, NM):

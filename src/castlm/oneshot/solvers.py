@@ -59,13 +59,6 @@ class Solver:
     def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
         """Adds x (tokens, columns), fp32 or, under autocast, bf16, to the statistic."""
 
-    def holds(self, rows: int, columns: int) -> int:
-        """The elements that `prune` holds at its peak, beside its arguments; `castlm plan memory` reads it.
-
-        By default, magnitudes and the new weight.
-        """
-        return 2 * rows * columns
-
     def from_hessian(self, hessian: Tensor) -> Tensor | None:
         """The statistic, made of SparseGPT's Hessian (columns, columns), whole, which a change of basis has collected.
 
@@ -118,9 +111,6 @@ class Wanda(Solver):
     def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
         statistic.add_(x.float().square().sum(0), alpha=1 / num_sequences)  # (576,)
 
-    def holds(self, rows: int, columns: int) -> int:
-        return 3 * rows * columns  # scores, their magnitudes, and the new weight
-
     def from_hessian(self, hessian: Tensor) -> Tensor:
         return hessian.diagonal() / 2  # H = 2 X^T X / num_sequences
 
@@ -145,11 +135,6 @@ class SparseGPT(Solver):
 
     def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
         add_hessian(statistic, x, num_sequences)
-
-    def holds(self, rows: int, columns: int) -> int:
-        from castlm.oneshot.sparsegpt import sparsegpt_holds
-
-        return sparsegpt_holds(rows, columns)
 
     def from_hessian(self, hessian: Tensor) -> Tensor:
         return hessian

@@ -92,7 +92,7 @@ DENSE = "dense:"
 
 
 class StoredWeights(Protocol):
-    """The files of a model's weights, as `castlm.distributed.loading.Checkpoint`."""
+    """The files of a model's weights, as `castlm.distributed.loading.StoredWeights`."""
 
     @property
     def source(self) -> str: ...

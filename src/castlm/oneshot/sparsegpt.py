@@ -1,18 +1,21 @@
 """SparseGPT's weight update for n:m patterns, all rows at once and group by group, by one Cholesky factorization.
 
 The published code inverts the Hessian, factorizes it twice, and goes through the columns one by one in Python.
+On a CPU the columns are swept by `sweep.cpp`, called through ctypes; `kernels()` is None where it was not compiled.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from castlm.core.cholesky import upper_factor
+from castlm.core.native import in_reach, library_of, load_library, pointer
 from castlm.hardware import captured
-from castlm.oneshot import sweep
 from castlm.oneshot.ranks import ALONE, ByRows
 
 _MAX_COMPARED = 16
@@ -69,12 +72,6 @@ def sparsegpt_by_factor(
     return by_rows(solve, weight) if weight.device.type == "cpu" else solve(weight)
 
 
-def sparsegpt_holds(rows: int, columns: int) -> int:
-    """Elements that `sparsegpt` holds at its peak, beside its arguments."""
-    # the weight without dead columns, transposed, and what is lost; the factor, and the shares of losses (`pull`)
-    return 3 * rows * columns + 2 * columns**2
-
-
 class _Sweep:
     """`sparsegpt` of some rows, by the factor of the Hessian."""
 
@@ -105,8 +102,8 @@ class _Sweep:
         return weight.T
 
     def _sweep_for(self, weight: Tensor) -> Callable[..., None]:
-        if sweep.runs_on(weight, self.block_size):
-            return sweep.sweep_
+        if kernel_runs_on(weight, self.block_size):
+            return sweep_by_kernel_
         if weight.device.type == "cuda" and len(weight) > self.block_size:
             return _CapturedSweep(self.block_size, weight, self.n, self.m)
         return sweep_by_torch_
@@ -162,7 +159,7 @@ def sweep_by_torch_(
     m: int,
     lowest: _LowestOfGroup | None = None,
 ) -> None:
-    """`sweep.sweep_` by torch's operators, for other dtypes and devices.
+    """`sweep_by_kernel_` by torch's operators, for other dtypes and devices.
 
     The weights w of a group pass errors e = P (w - N e) / U_kk on, where P is diagonal with 1 for each zeroed weight,
     and N is the transposed part of U_gg above its diagonal. e begins at 0; each turn gets one more zeroed weight right,
@@ -214,3 +211,65 @@ class _LowestOfGroup:
             return torch.ones_like(score, dtype=torch.bool).scatter_(0, order[: self.n], False)
         torch.gt(*score.index_select(0, self.both).view(2, *self.later_wins.shape), out=self.later_wins)
         return torch.addmm(self.num_earlier, self.table, self.later_wins) >= self.n
+
+
+MAX_COLUMNS = 256
+"""The most columns of one `sweep_by_kernel_`, and the largest m of its patterns."""
+
+_VERSION = 1  # of sweep.cpp
+
+
+class _Call(ctypes.Structure):
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "lost", "pull", "scale", "inverse")),
+        *((name, ctypes.c_int64) for name in ("rows", "columns")),
+    ]
+
+
+@functools.cache
+def kernels() -> ctypes.CDLL | None:
+    """The compiled library, or None if it was not built. Raises `InputError` if its version is not this module's."""
+    path = library_of(__package__)
+    return load_kernels(path) if path else None
+
+
+def load_kernels(path: str) -> ctypes.CDLL:
+    """The library at `path`, with its signature. Raises `InputError` if its version is not this module's."""
+    library = load_library(path, "castlm_sweep_version", _VERSION)
+    number = ctypes.c_int
+    library.castlm_sweep.argtypes = [ctypes.POINTER(_Call), ctypes.c_int64, ctypes.c_int64, number, number, number]
+    library.castlm_sweep.restype = None
+    return library
+
+
+def kernel_runs_on(weight: Tensor, columns: int) -> bool:
+    """Whether the kernel exists and sweeps this weight, so many columns at a time."""
+    return in_reach(weight) and columns <= MAX_COLUMNS and kernels() is not None
+
+
+def sweep_by_kernel_(
+    weight: Tensor, lost: Tensor, pull: Tensor, scale: Tensor, inverse: Tensor, columns: range, n: int, m: int
+) -> None:
+    """Prunes some columns of a weight in the loop of `sparsegpt.py`, group by group, in place.
+
+    Args:
+        weight: (columns, rows), on which the columns before these have acted.
+        lost: (columns, rows), old minus new weights; for these columns and later ones, the old weights.
+        pull: (columns, columns).
+        scale: (columns,), the diagonal of the factor.
+        inverse: (columns / m, m, m).
+        columns: the columns, in whole groups of m, at most `MAX_COLUMNS`.
+    """
+    library = kernels()
+    assert library is not None
+    assert 1 <= n < m <= MAX_COLUMNS
+    num_columns, num_rows = weight.shape
+    assert 0 <= columns.start <= columns.stop <= num_columns
+    assert columns.start % m == columns.stop % m == num_columns % m == 0
+    assert columns.stop - columns.start <= MAX_COLUMNS
+    sweep = _Call(rows=num_rows, columns=num_columns)
+    parts = {"weight": weight, "lost": lost, "pull": pull, "scale": scale, "inverse": inverse}
+    sizes = (weight.numel(), weight.numel(), num_columns**2, num_columns, num_columns * m)
+    for (name, tensor), size in zip(parts.items(), sizes):
+        setattr(sweep, name, pointer(name, tensor, torch.float32, size))
+    library.castlm_sweep(sweep, columns.start, columns.stop, n, m, torch.get_num_threads())

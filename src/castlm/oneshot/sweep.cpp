@@ -1,6 +1,6 @@
 // SparseGPT's sweep over the columns of a weight on a CPU: the masks of a group and the updates of the columns to its right,
 // in registers. `sweep_by_torch_` of `sparsegpt.py` holds the same arithmetic in torch, and the tests compare the two.
-// Pointers are not checked here: `sweep.py` checks every tensor before it calls.
+// Pointers are not checked here: `sparsegpt.py` checks every tensor before it calls.
 
 #include <algorithm>
 #include <cstdint>
@@ -114,7 +114,7 @@ EACH_CPU static void sweep_any(const Sweep& of, int64_t begin, int64_t end, int6
 
 extern "C" {
 
-int32_t castlm_sweep_version = 1;  // of this structure and signature; `sweep.py` expects its own number
+int32_t castlm_sweep_version = 1;  // of this structure and signature; `sparsegpt.py` expects its own number
 
 // Prunes the columns `start` to `stop` of a weight, at most kGroup, and updates those to their right within them.
 void castlm_sweep(const Sweep* of, int64_t start, int64_t stop, int n, int m, int num_threads) {

@@ -48,7 +48,8 @@ from castlm.training.options import (
 
 RECIPES: dict[str, dict[str, Any]] = {
     "castlm": {},
-    # arXiv 2509.25996, Table XI. It does not give the schedule, warm-up, betas and clipping.
+    # arXiv 2509.25996, Table XI. It does not give schedule, warm-up, betas and clipping: these betas are Adam's, the
+    # others castlm's defaults.
     "paper": {
         "decay": "proportional",
         "second_moment": "mix",
@@ -99,6 +100,8 @@ class TrainConfig:
     runtime: RuntimeOptions
     given: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
     """The options that were given, by name. `changed` fills the defaults that depend on them in again."""
+    off_recipe: str = field(default="", repr=False, compare=False)
+    """The options that override the recipe, with its values, for the first lines of a run; empty if none does."""
 
     @classmethod
     def of(
@@ -115,7 +118,7 @@ class TrainConfig:
     def sections(cls) -> dict[str, type[Any]]:
         """The sections of a config by their titles, in the order of the help."""
         hints = typing.get_type_hints(cls)
-        return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name != "given"}
+        return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.name not in ("given", "off_recipe")}
 
     @classmethod
     def from_mapping(cls, mapping: Mapping[str, Any], source: str = "") -> Self:
@@ -145,25 +148,27 @@ class TrainConfig:
             if "recipe" in options:
                 recipe = convert(label("recipe", source), options.pop("recipe"), str, tuple(RECIPES))
             values |= checked(list(cls.sections().values()), options, source)
-        values = {**_batch_on(ranks or num_ranks(), recipe, values), **values}
+        row = _batch_on(ranks or num_ranks(), recipe, values)
+        off_recipe = _off_recipe(recipe, row, values)
+        values = {**row, **values}
         check_complete(cls.sections().values(), values, source)
-        return cls._made(values)
+        return cls._made(values, off_recipe)
 
     def changed(self, **options: Any) -> Self:
         """A copy with other values of these options."""
         # again from what was given, so that defaults follow the change
         values = checked(list(self.sections().values()), options)
-        return self._made({**self.given, **values})
+        return self._made({**self.given, **values}, self.off_recipe)
 
     @classmethod
-    def _made(cls, values: Mapping[str, Any]) -> Self:
+    def _made(cls, values: Mapping[str, Any], off_recipe: str) -> Self:
         """The config of checked values."""
         chosen = with_effort(values)
         sections = {
             title: kind(**{name: chosen[name] for name in names_of(kind) if name in chosen})
             for title, kind in cls.sections().items()
         }
-        return cls(**sections, given=values)
+        return cls(**sections, given=values, off_recipe=off_recipe)
 
     def __post_init__(self) -> None:
         for title, kind in self.sections().items():
@@ -301,6 +306,16 @@ def _batch_on(ranks: int, recipe: str, given: Mapping[str, Any]) -> dict[str, An
             "not divide: give another per_device_train_batch_size, or gradient_accumulation_steps"
         )
     return row | {"gradient_accumulation_steps": batch // at_once}
+
+
+def _off_recipe(recipe: str, row: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """The text of `TrainConfig.off_recipe`. Sequences at a time do not count where the sequences of a step stay."""
+    names = [name for name in row if name in given and given[name] != row[name]]
+    if "gradient_accumulation_steps" not in given:
+        names = [name for name in names if name != "per_device_train_batch_size"]
+    if not names:
+        return ""
+    return f"recipe {recipe}, except " + ", ".join(f"{name} {given[name]} (not {row[name]})" for name in names)
 
 
 def names_of(section: type[Any]) -> list[str]:

@@ -18,7 +18,7 @@ from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, filter_for
 from castlm.data.documents import joined_digest
-from castlm.distributed.loading import Checkpoint, empty_model, fingerprint, open_sharded
+from castlm.distributed.loading import StoredWeights, empty_model, fingerprint, open_sharded
 from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
 from castlm.methods.options import default_learning_rate
@@ -35,7 +35,7 @@ class OpenedModel:
 
     loaded: Loaded
     """The model with its tokenizer."""
-    stored: Checkpoint | None
+    stored: StoredWeights | None
     """The place of each parameter on disk, for a model without weights; None for a model in memory."""
     options: ModelOptions
     fingerprint: str

@@ -17,17 +17,15 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from castlm.core.blocks import is_tower
-from castlm.core.distill import OutputHead, TopTokens, distillation_loss, top_tokens
-from castlm.core.hidden import hidden_distance
+from castlm.core.distill import OutputHead, TopTokens, distillation_loss, hidden_distance, top_tokens
 from castlm.core.sparsify import transformer_blocks
 from castlm.data.packing import DocumentOffsets, document_offsets
-from castlm.distributed.loading import Checkpoint, load_rows_, materialize_
+from castlm.distributed.loading import StoredWeights, load_rows_, materialize_
 from castlm.distributed.sharding import free_blocks_, gathered, is_sharded, reshard_, shard_
 from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, embedding_weight, output_head
-from castlm.training.apart import Way, inputs_of, way_to_keep_apart
-from castlm.training.attention import use_attention_
+from castlm.training.attention import Way, inputs_of, use_attention_, way_to_keep_apart
 from castlm.training.teacher_cache import TeacherCache
 
 
@@ -134,7 +132,7 @@ class Objective(nn.Module):
         """The teacher's most probable tokens for a batch, and the output of its model if it was run.
 
         Args:
-            inputs: the arguments of a forward pass; see `castlm.training.apart.inputs_of`.
+            inputs: the arguments of a forward pass; see `castlm.training.attention.inputs_of`.
             stream: also keep the residual stream.
         """
         input_ids, position_ids = inputs["input_ids"], inputs.get("position_ids")  # the key of a sequence in the cache
@@ -260,8 +258,8 @@ def _as_sharded(block: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 def shard_objective_(
     objective: Objective,
-    stored: Checkpoint | None,
-    teacher_stored: Checkpoint | None,
+    stored: StoredWeights | None,
+    teacher_stored: StoredWeights | None,
     precision: str,
     world: World,
     whole_copies: bool,

@@ -25,8 +25,8 @@ from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
 from castlm.distributed.loading import (
-    Checkpoint,
     Place,
+    StoredWeights,
     open_sharded,
     opened_files,
     read_finite,
@@ -84,7 +84,7 @@ def prune_for_start(
     keeps_dense: bool,
     training_tokens: float,
     overwrite: bool = False,
-) -> tuple[Checkpoint, Start]:
+) -> tuple[StoredWeights, Start]:
     """Prunes the dense model by a one-shot method into the folder of the start; all ranks call it.
 
     Finished transformer blocks are in `partial_folder(output)`, from which a start that was killed continues. That
@@ -190,7 +190,7 @@ def prune_for_start(
         for key in read_header(file):
             name = key if key.startswith(f"{stack}.") else f"{key}.weight"  # dense weights go by the name of the layer
             places[name] = Place(file, key)
-    return Checkpoint(str(work), places), facts
+    return StoredWeights(str(work), places), facts
 
 
 def _why_one_rank(dense: OpenedModel, world: World, pattern: Pattern, steps: list[Step]) -> str | None:
@@ -234,7 +234,7 @@ def open_given(
     filter_fn: FilterFn,
     keeps_dense: bool,
     compares_hidden: bool,
-) -> Checkpoint:
+) -> StoredWeights:
     """The places of the weights of an n:m model that `init_from` names; all ranks call it.
 
     They are those of its own files. Weights that transformers converts while it loads them are written once into the
@@ -272,7 +272,7 @@ def open_given(
 
         with world.context_on_main(begun_work(output)) as work:
             world.on_main(lambda: write(work), patient=True)
-        given = Checkpoint(name, {key: Place(work / COPY, key) for key, _ in dense.model.named_parameters()})
+        given = StoredWeights(name, {key: Place(work / COPY, key) for key, _ in dense.model.named_parameters()})
     world.on_main(lambda: _check_same_model(name, given, dense, keeps_dense, compares_hidden), patient=True)
 
     check_pattern(f"init_from {name}", given.read, dense, world, pattern=pattern, filter_fn=filter_fn)
@@ -327,7 +327,7 @@ def _check_shapes(name: str, model: PreTrainedModel, dense: OpenedModel) -> None
 
 
 def _check_same_model(
-    name: str, given: Checkpoint, dense: OpenedModel, keeps_dense: bool, compares_hidden: bool
+    name: str, given: StoredWeights, dense: OpenedModel, keeps_dense: bool, compares_hidden: bool
 ) -> None:
     """Checks that a given model has the basis and the embeddings that the run needs."""
     if keeps_dense:
@@ -350,7 +350,7 @@ def _check_same_model(
 
 
 @torch.no_grad()
-def load_start_(model: nn.Module, method: Retraining, start: Checkpoint, world: World) -> None:
+def load_start_(model: nn.Module, method: Retraining, start: StoredWeights, world: World) -> None:
     """Reads a start into the model, each rank its rows. The method decides the values of masked weights.
 
     Dense parameters that `start` has a place for get their values there. In sparse ones, zeros are masked, and kept

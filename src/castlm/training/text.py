@@ -23,7 +23,6 @@ from castlm.data.documents import (
     open_documents,
     split_documents,
 )
-from castlm.data.line_index import LineIndexes
 from castlm.data.packing import BatchLoader, MixedSequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
@@ -48,8 +47,6 @@ class TrainingText:
     """Tokens of each evaluation text by its file name, or its path if names are equal; empty if there is only one."""
     general: ScoredText | None
     """Tokens of the general text; None without one."""
-    indexes: LineIndexes
-    """The places of the documents in its .jsonl files."""
     is_plain: bool
     """Whether all texts are plain, evaluation texts included."""
     encoder: Encoder
@@ -79,15 +76,12 @@ def steps_of_epochs(
     evaluation: EvaluationOptions,
     num_epochs: float,
     global_batch: int,
-    indexes: LineIndexes | None = None,
 ) -> int:
     """The number of optimizer steps of `global_batch` sequences in `num_epochs` of the training documents.
 
-    For `indexes` see `open_training_text`.
-
     Raises `InputError` for a stream of the hub, whose length is not known, or a mixture, which has no end.
     """
-    documents, _ = open_splits(data, evaluation, indexes)
+    documents, _ = open_splits(data, evaluation)
     if not isinstance(documents, Documents):
         raise InputError(f"num_train_epochs: {data.dataset} is streamed or a mixture, without epochs: give max_steps")
     _, _, tokenizer = open_model(model.model, **model.loading)
@@ -99,11 +93,11 @@ def steps_of_epochs(
 
 
 def open_splits(
-    data: DataOptions, evaluation: EvaluationOptions, indexes: LineIndexes | None = None
+    data: DataOptions, evaluation: EvaluationOptions
 ) -> tuple[AnyDocuments, list[Documents | HubDocuments]]:
     """The training documents, and the texts of the evaluation."""
     shown = functools.partial(shown_progress, is_main=is_main_rank())
-    opened = functools.partial(open_documents, options=data, indexes=indexes, shown=shown)
+    opened = functools.partial(open_documents, options=data, shown=shown)
     parts = [opened(text, split=data.dataset_split) for text in data.datasets]
     held_out = [opened(text, split=evaluation.eval_split) for text in evaluation.eval_datasets]
     if not held_out:
@@ -132,7 +126,6 @@ def open_training_text(
     *,
     rows_per_rank: int,
     repeats: bool = False,
-    indexes: LineIndexes | None = None,
 ) -> TrainingText:
     """Opens the texts of a run and tokenizes the held-out text.
 
@@ -141,16 +134,14 @@ def open_training_text(
         rows_per_rank: sequences of a batch on one rank.
         repeats: every epoch of a single dataset has the sequences of the first. The texts of a mixture have epochs of
             their own and are cut anew in each.
-        indexes: the places of the documents in .jsonl files, of which those that are opened here are kept.
 
     Raises:
         InputError: a text that cannot be opened, too little text, or token ids outside the vocabulary.
     """
-    indexes = indexes or LineIndexes()
-    documents, held_out = open_splits(data, evaluation, indexes)
+    documents, held_out = open_splits(data, evaluation)
     general = None
     if evaluation.general_dataset is not None:
-        general = open_documents(evaluation.general_dataset, data, split=evaluation.eval_split, indexes=indexes)
+        general = open_documents(evaluation.general_dataset, data, split=evaluation.eval_split)
     scored = [*held_out, *([] if general is None else [general])]
     encoder = open_encoder([documents, *scored], tokenizer, model.model, data, **model.loading)
     check_vocabulary(torch.tensor([encoder.eos, *encoder.bos]), vocab_size)  # they are not in every held-out text
@@ -185,7 +176,6 @@ def open_training_text(
         held_out=ScoredText.joined(list(parts.values())),
         eval_parts={short[name]: part for name, part in parts.items()} if len(parts) > 1 else {},
         general=None if general is None else tokens[-1],
-        indexes=indexes,
         is_plain=all(text.kind is Kind.TEXT for text in (documents, *scored)),
         encoder=encoder,
         train_sha256=train_sha256,

@@ -1,6 +1,6 @@
 """train(): from a dense model to a verified n:m model.
 
-`castlm.training.trainer` has the recipe itself; here its config is completed, and its folder is locked.
+This module completes the config and locks the output folder; `castlm.training.trainer` takes the steps.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from castlm.data.line_index import LineIndexes
 from castlm.data.packing import MixedSequences
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
@@ -21,14 +20,13 @@ from castlm.models.architecture import move_, vocab_size
 from castlm.oneshot.folder import drop_work
 from castlm.say import Progress, silent
 from castlm.signals import Interrupt
-from castlm.training.apart import inputs_of
-from castlm.training.checkpoint import newest, read_manifest
+from castlm.training.attention import inputs_of
+from castlm.training.checkpoint import RunFolder, claimed, is_restart, newest, read_manifest
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.first_steps import measure_first_steps
 from castlm.training.model import layers_left_dense, learning_rate_for, open_dense
 from castlm.training.objective import Objective, as_teacher_
-from castlm.training.run_folder import RunFolder, claimed, is_restart
 from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
 from castlm.training.trainer import Trainer
@@ -57,11 +55,10 @@ def train(config: TrainConfig) -> Facts:
         with claimed(output, config.inputs, world) as folder:
             if output.push_to_hub:
                 world.on_main(lambda: check_login(output.hub_repo))
-            indexes = LineIndexes(folder.text_index if output.resume else None)  # so that each text is parsed once
-            config = resolve(config, world, indexes)
+            config = resolve(config, world)
             facts = world.on_main(lambda: _finished_before(config, folder, world.size), patient=True)
             if facts is None:
-                trainer = Trainer(config, world, indexes=indexes)
+                trainer = Trainer(config, world)
                 collect_garbage(world.device.type)  # whatever was loaded on the way
                 interrupt.start_training()
                 with trainer.recording():
@@ -82,18 +79,15 @@ def _finished_before(config: TrainConfig, folder: RunFolder, num_ranks: int) -> 
     return folder.finish_again(config.as_dict(), config.as_yaml(), batch)
 
 
-def resolve(config: TrainConfig, world: World, indexes: LineIndexes | None = None) -> TrainConfig:
-    """`config` with the values that depend on files: `learning_rate`, `left_dense`, `max_steps` of the epochs, `lam`.
-
-    For `indexes` see `Trainer`.
-    """
-    config = config.changed(**world.on_main(lambda: _options_of_files(config, world.size, indexes), patient=True))
+def resolve(config: TrainConfig, world: World) -> TrainConfig:
+    """`config` with the values that depend on files: `learning_rate`, `left_dense`, `max_steps` of epochs, `lam`."""
+    config = config.changed(**world.on_main(lambda: _options_of_files(config, world.size), patient=True))
     if config.method.lam == "auto":
         config = config.changed(lam=measure_first_steps(config, world).lam)
     return config
 
 
-def _options_of_files(config: TrainConfig, num_ranks: int, indexes: LineIndexes | None) -> dict[str, Any]:
+def _options_of_files(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
     """The options that the files of model, texts and checkpoint decide, read by the main rank."""
     options: dict[str, Any] = {}
     if config.optimizer.learning_rate is None:
@@ -103,14 +97,14 @@ def _options_of_files(config: TrainConfig, num_ranks: int, indexes: LineIndexes 
     epochs = config.optimizer.num_train_epochs
     if epochs is not None:
         batch = config.optimizer.sequences_per_step(num_ranks)
-        options["max_steps"] = steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch, indexes)
+        options["max_steps"] = steps_of_epochs(config.model, config.data, config.evaluation, epochs, batch)
         options["num_train_epochs"] = None
     if config.method.lam == "auto":
         output = config.checkpoint
         checkpoint = newest(RunFolder(output.output_dir).checkpoints) if output.resume else None
         if checkpoint is not None:
             lam = read_manifest(checkpoint)["config"].get("lam")
-            options["lam"] = float(lam) if isinstance(lam, (int, float)) else 0.0  # 0 of a run that read none
+            options["lam"] = float(lam) if isinstance(lam, (int, float)) else 0.0  # 0 if that run did not use lam
         elif not config.method.reads_lam:
             options["lam"] = 0.0
     return options

@@ -25,11 +25,10 @@ from castlm.core.nm import NM, pack_mask
 from castlm.core.rounding import fit_rounding_
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import dense_name, num_weights, sparse_linears
-from castlm.data.line_index import LineIndexes
 from castlm.data.scored import ScoredText
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.gradients import SumsInOrder, clip_, gradient_norm
-from castlm.distributed.loading import Checkpoint
+from castlm.distributed.loading import StoredWeights
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, compile_blocks_, sum_over_replicas_
 from castlm.distributed.world import World
@@ -54,7 +53,15 @@ from castlm.oneshot.options import EFFORTS
 from castlm.packed.native import longest_free_group
 from castlm.progress import note
 from castlm.signals import Interrupt
-from castlm.training.checkpoint import Saver, check_same_run, load_checkpoint, newest, read_manifest
+from castlm.training.checkpoint import (
+    RunFolder,
+    Saver,
+    check_same_run,
+    check_shared,
+    load_checkpoint,
+    newest,
+    read_manifest,
+)
 from castlm.training.config import TrainConfig
 from castlm.training.in_backward import StepInBackward
 from castlm.training.metrics import (
@@ -69,7 +76,6 @@ from castlm.training.metrics import (
 from castlm.training.model import OpenedModel, check_teacher, filter_of, open_dense, open_weights, teacher_options
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, pruned, shard_objective_
 from castlm.training.options import CheckpointOptions
-from castlm.training.run_folder import RunFolder, check_shared
 from castlm.training.start import check_pattern, check_start, keep_own_masks_, load_start_, open_given, prune_for_start
 from castlm.training.teacher_cache import TeacherCache, open_teacher_cache, teacher_dtype
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, chosen_trackers, open_trackers
@@ -90,7 +96,6 @@ class Trainer:
     Args:
         config: a config whose `lam` and `learning_rate` are numbers.
         start_beside: the output folder beside which the start leaves its finished blocks; by default that of `config`.
-        indexes: the places of the documents in .jsonl files that have been opened; by default, no file has.
         method_class: the class that trains; by default that of the options `method` and `adapter`.
 
     Attributes:
@@ -121,7 +126,6 @@ class Trainer:
         world: World,
         *,
         start_beside: CheckpointOptions | None = None,
-        indexes: LineIndexes | None = None,
         method_class: type[Retraining] | None = None,
     ) -> None:
         self.config, self.world, self.folder = config, world, RunFolder(config.checkpoint.output_dir)
@@ -133,7 +137,7 @@ class Trainer:
         start_beside = start_beside or config.checkpoint
 
         self._check(user_path(start_beside.output_dir))
-        self._open_model_and_text(indexes)
+        self._open_model_and_text()
         start = self._make_start(user_path(start_beside.output_dir), start_beside.overwrite)
         self._build_objective()
         self._build_optimizer()
@@ -158,7 +162,7 @@ class Trainer:
             check_start(config.start.name, start_output, world)
         check_teacher(config.teacher, config.model, seq_len=config.data.seq_len)
 
-    def _open_model_and_text(self, indexes: LineIndexes | None) -> None:
+    def _open_model_and_text(self) -> None:
         """Opens the dense model and the texts, and the teacher cache: one that cannot serve is refused here."""
         config, world, teacher = self.config, self.world, self.config.teacher
         self.dense = open_dense(
@@ -178,7 +182,6 @@ class Trainer:
             world,
             rows_per_rank=config.optimizer.per_device_train_batch_size,
             repeats=teacher.teacher_cache is not None,
-            indexes=indexes,
         )
         self.precision = choose_precision(config.runtime.precision, world.device, self.model.config)
         if config.method.row.is_sparse:
@@ -201,10 +204,10 @@ class Trainer:
             return self.dense
         return open_weights(teacher_options(teacher, self.config.model), self.world, whole_copies=whole_copies)
 
-    def _make_start(self, output: Path, overwrite: bool) -> Checkpoint | None:
-        """Makes the start, or opens the given one; without a cache, no teacher takes memory yet.
+    def _make_start(self, output: Path, overwrite: bool) -> StoredWeights | None:
+        """Makes the start, or opens the given one. It runs before the teacher is loaded, to save memory.
 
-        Returns the places of its weights; None for magnitude, for fine-tuning and in a resumed run.
+        Returns where its weights are stored; None for magnitude, for fine-tuning and in a resumed run.
         """
         config, world, start = self.config, self.world, self.config.start
         self.start = Start()
@@ -300,7 +303,7 @@ class Trainer:
             self._in_backward = StepInBackward(method, self.names, optimizer.max_grad_norm)
         self._num_uncounted = 0  # consecutive steps in which no token counted
 
-    def _set_step_0(self, start: Checkpoint | None) -> None:
+    def _set_step_0(self, start: StoredWeights | None) -> None:
         """Measures the dense model, and lets the start set weights and masks; in a resumed run, only finds the masks.
 
         A resumed run was judged at its step 0, and has the weights of the dense model until they are restored.
@@ -395,8 +398,8 @@ class Trainer:
         check_vocabulary(torch.stack([b["input_ids"] for b in micro_batches]), vocab_size(self.model.config))
         # tokens read, and tokens that count, of each micro-batch
         counts = [[b["labels"].numel(), int((b["labels"] != -100).sum())] for b in micro_batches]
-        # Tokens that count differ between micro-batches and ranks, so the loss is normalised by their number in the
-        # whole global batch: a mean of means would weigh the tokens of a short micro-batch more.
+        # The loss is the sum over all tokens of the global batch that count, divided by their number. Micro-batches and
+        # ranks differ in that number, so a mean of their means would weigh the tokens of a short one more.
         read, num_tokens = self.world.sum(torch.tensor(counts).sum(dim=0).to(self.world.device))  # (..., 2) -> (2,)
         self._check_counted(num_tokens)
         try:
@@ -525,7 +528,6 @@ class Trainer:
 
         def open_folder_and_trackers() -> None:
             with folder.begun(config.as_yaml(), resume=options.resume):
-                self.text.indexes.save(folder.text_index)
                 tracked = TrackedRun(folder.path, folder.run_id, config.as_dict(), self.first_step)
                 chosen = "auto" not in options.report_to  # a broken client that nobody asked for stops no run
                 opened.extend(open_trackers(self.trackers, tracked, None if chosen else note))
@@ -704,7 +706,7 @@ class Trainer:
         before, now = manifest.get("arithmetic", {}), arithmetic(self.world.device)
         self._new_arithmetic = [f"{k} {before[k]} -> {now[k]}" for k in now if before.get(k, now[k]) != now[k]]
         first_shard = self.world.shard_index == 0  # the total, on one rank of each replica; 0 on the others
-        self.method.restore_flips(manifest["flips"] if first_shard else 0)
+        self.method.set_flips(manifest["flips"] if first_shard else 0)
 
     # ------------------------------------------------------------------ checks and lines before the first step
 
@@ -768,6 +770,8 @@ class Trainer:
             yield f"hidden states: their distance to the teacher's has weight {teacher.hidden_weight:g}, falling to 0"
         if self.budget is not None:
             yield self.budget.explain()
+        if config.off_recipe:
+            yield config.off_recipe
         yield from (f"no effect: {reason}" for reason in config.without_effect(is_plain=self.text.is_plain).values())
         if self.trackers:
             yield f"metrics: metrics.jsonl, {', '.join(self.trackers)}"

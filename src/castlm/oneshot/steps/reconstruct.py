@@ -163,19 +163,6 @@ def reconstruct_(
     return Reconstruction(before, lowest, done)
 
 
-def reconstruct_holds(num_parameters: int, num_activations: int) -> int:
-    """Bytes that `reconstruct_` holds at its peak beside the block and its inputs.
-
-    Args:
-        num_parameters: of the block, fp32.
-        num_activations: elements that one batch saves for its backward pass.
-    """
-    masks = num_parameters
-    gradients_moments_and_best = 4 * num_parameters
-    new_best = num_parameters  # once the batch's activations are gone
-    return masks + 4 * (gradients_moments_and_best + max(num_activations, new_best))
-
-
 @contextmanager
 def _only_trained(block: nn.Module, trained: Sequence[Tensor]) -> Iterator[None]:
     """Inside the context, only `trained` of the block's parameters take gradients."""

@@ -18,12 +18,11 @@ from castlm.core.errors import check_finite, naming
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, matrices
 from castlm.data.calibration import CalibrationText
-from castlm.oneshot.admm import improve_masks, improve_masks_holds
 from castlm.oneshot.inputs import check_finite_input, entries_of, see_inputs
 from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import Refinements
 from castlm.oneshot.ranks import ONE_RANK, Ranks, by_rows, share_each
-from castlm.oneshot.refit import refit, refit_holds
+from castlm.oneshot.refine import improve_masks, refit
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import Seen
 from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, whole_hessian
@@ -225,19 +224,6 @@ def prune_layers(
 def _is_refined(solver: Solver, settings: Settings) -> bool:
     """Whether a refinement follows a solver with these settings."""
     return solver.is_refined and bool(settings.refinements.mask_iterations or settings.refinements.num_refits)
-
-
-def prune_layers_holds(rows: int, columns: int, solver: Solver, settings: Settings) -> int:
-    """Elements that `prune_layers` holds at its peak beside weights and statistic, for weights of `rows` in all."""
-    size = rows * columns
-    phases = [size + solver.holds(rows, columns)]  # the dense weights together, and the solver
-    if _is_refined(solver, settings):
-        phases[0] += size + columns**2  # copies, of which the solver overwrites one
-        if settings.refinements.mask_iterations:
-            phases.append(improve_masks_holds(rows, columns))
-        if settings.refinements.num_refits:
-            phases.append(refit_holds(rows, columns))
-    return max(phases)
 
 
 def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings) -> Pruned:
