@@ -19,6 +19,9 @@ from benchmarks.render import RESULTS
 Point = tuple[float, float, str]
 """Megabytes, perplexity, and the name of the recipe."""
 
+WAYS = ("perplexity", "scales trained after rounding")
+"""The columns of the ways to train the rounding; a recipe counts with the better one."""
+
 
 def frontiers(results: Path) -> dict[str, list[Point]]:
     """By side, the recipes that no other of this side beats in both bytes and perplexity, from the smallest on.
@@ -29,7 +32,10 @@ def frontiers(results: Path) -> dict[str, list[Point]]:
     found = json.loads(results.read_text(encoding="utf-8"))["smollm2"]
     columns = [column["name"] for column in found["columns"]]
     rows = [dict(zip(columns, row)) for row in found["rows"]]
-    points = [(row["MB"], row["perplexity"], row["recipe"]) for row in rows if row["perplexity"] is not None]
+    points = []
+    for row in rows:
+        if found_by := [row[way] for way in WAYS if row.get(way) is not None]:
+            points.append((row["MB"], min(found_by), row["recipe"]))
     sides: dict[str, list[Point]] = {"dense": [], "n:m": []}
     for point in sorted(points):
         side = sides["dense" if point[2].startswith("dense") else "n:m"]

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from benchmarks.render import RESULTS, ROOT, TABLE, cell, main, packaged, pages, render, table
-from benchmarks.sizes_figure import described, frontiers
+from benchmarks.sizes_figure import WAYS, described, frontiers
 
 
 def test_the_tables_of_the_pages_are_the_results():
@@ -71,9 +71,9 @@ def test_the_figure_of_sizes_has_the_points_of_the_results():
 
 
 def test_a_recipe_that_another_of_its_side_beats_is_on_no_frontier(tmp_path):
-    columns = [{"name": "recipe"}, {"name": "MB"}, {"name": "perplexity"}]
-    rows = [["dense int4", 80, 21], ["dense int3", 60, 27], ["dense int3, int8 head", 70, 28], ["2:4 int4", 60, None]]
-    rows += [["2:4 int3", 50, 40], ["8:16 int3", 55, 40]]
+    columns = [{"name": name} for name in ("recipe", "MB", *WAYS)]
+    rows = [["dense int4", 80, 21, None], ["dense int3", 60, 29, 27], ["dense int3, int8 head", 70, 28, 30]]
+    rows += [["2:4 int4", 60, None, None], ["2:4 int3", 50, 40, 41], ["8:16 int3", 55, None, 40]]
     (tmp_path / "sizes.json").write_text(json.dumps({"smollm2": {"columns": columns, "rows": rows}}))
     found = frontiers(tmp_path / "sizes.json")
     assert [name for _, _, name in found["dense"]] == ["dense int3", "dense int4"]
