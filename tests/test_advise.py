@@ -279,16 +279,21 @@ def test_the_bytes_of_a_recipe_are_those_of_the_table(smollm2):
         assert option.name == name
 
 
-def test_scales_alone_are_trained_where_that_is_better_than_training_the_weights():
+def test_each_recipe_is_the_best_measured_way_to_its_weights_and_head():
     tables = json.loads((RESULTS / "sizes.json").read_text())
-    of_weights = {row[0]: row[3] for row in tables["smollm2"]["rows"]}
-    by_name = {recipe.option.name: recipe for recipe in recipes_module.recipes()}
+    ways = {(True, False): 3, (True, True): 4}  # whether weights and scales are trained: the place in the row
+    dense = next(row[3] for row in tables["smollm2"]["rows"] if row[0] == "dense bf16")
+    measured = {}
+    for name, *row in tables["smollm2"]["rows"]:
+        measured[name] = {way: row[place - 1] for way, place in ways.items() if row[place - 1] is not None}
     for weights, _, of_scales, _ in tables["oneshot"]["rows"]:
-        name = f"{weights}, int8 head"
-        best = min(of_weights[name], of_scales)
-        assert by_name[name].factor == pytest.approx(best / of_weights["dense bf16"])
-        assert by_name[name].trains_scales == (best == of_scales)
-    assert {recipe.trains_scales for recipe in by_name.values()} == {True, False}
+        measured[f"{weights}, int8 head"][False, True] = of_scales
+    for recipe in recipes_module.recipes():
+        name = recipe.option.name
+        if len(found := measured.get(name, {})) and "int8," not in name:
+            way = min(found, key=found.get)
+            assert recipe.factor == pytest.approx(found[way] / dense), name
+            assert (recipe.trains_weights, recipe.trains_scales) == way, name
 
 
 def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perplexity_alone_is_limited(smollm2):
@@ -353,19 +358,21 @@ SHORT = ("--max-steps", "2", "--seq-len", "64")
 @needs_kernels
 @pytest.mark.slow
 @pytest.mark.parametrize("head", ["int8", "int4"])  # int8 reads no text
-def test_shrink_trains_scales_alone(head, llama, text, tmp_path, monkeypatch):
-    recipe = Recipe(Option("int3", 0, 0, head), 1.0, trains_scales=True)
+@pytest.mark.parametrize("trains_weights", [False, True])
+def test_shrink_trains_scales(trains_weights, head, llama, text, tmp_path, monkeypatch):
+    recipe = Recipe(Option("int3", 0, 0, head), 1.0, trains_weights=trains_weights, trains_scales=True)
     monkeypatch.setattr(recipes_module, "recipes", lambda: (recipe,))
     assert main(["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), *SHORT]) == 0
     specs = read_specs(read_header(tmp_path / "out" / "packed" / FILE)).values()
     assert {spec.values for spec in specs} == {"int3", head}
     assert Facts.read(tmp_path / "out" / "packed").quantized.train_steps == 2
+    assert (tmp_path / "out" / "run").exists() == trains_weights
 
 
 @needs_kernels
 @pytest.mark.slow
 def test_shrink_makes_the_packed_folder_and_goes_on_where_it_stopped(llama, text, tmp_path, monkeypatch, capsys):
-    trained = Recipe(Option("int4", 2, 4, "int4"), 1.0)  # whose head reads the text
+    trained = Recipe(Option("int4", 2, 4, "int4"), 1.0, trains_weights=True)  # whose head reads the text
     monkeypatch.setattr(recipes_module, "recipes", lambda: (INT8, trained))
     command = ["shrink", llama, text, "--megabytes", "1", "--output-dir", str(tmp_path / "out"), *SHORT]
     assert main(command) == 0

@@ -154,7 +154,7 @@ class AdviseCommand(LimitOptions):
     def _recipe(self) -> int:
         name = result_folder(self.model)
         choice = self.choose(name, self.trust_remote_code, is_timed=True)
-        commands = choice.best.commands(self.model, "TEXT", "FOLDER")
+        commands = choice.commands(self.model, "TEXT", "FOLDER")
         write_json(self.json, choice.as_dict(commands))
         if self.json != "-":
             to_stdout(choice.text(commands), keep="\n")
@@ -275,7 +275,7 @@ class ShrinkCommand(LimitOptions):
         if folder.exists() and not self.resume:
             raise InputError(f"output_dir {folder} exists: name another one, or continue with --resume")
         choice = self.choose(result_folder(self.model), self.trust_remote_code, is_timed=False)
-        commands = choice.best.commands(self.model, self.dataset, str(folder), self.max_steps, self.seq_len)
+        commands = choice.commands(self.model, self.dataset, str(folder), self.max_steps, self.seq_len)
         to_stdout(choice.text(commands), keep="\n")
         for words in commands:
             made = folder / ("run" if words[0] == "train" else "packed")

@@ -18,14 +18,20 @@ from typing import Any
 
 from castlm.core.errors import InputError
 from castlm.lab.advice.cpu import Load, Option, Shapes, num_bytes, time_options
+from castlm.methods.options import default_learning_rate
 from castlm.names import aligned
 from castlm.say import Progress, silent
+from castlm.training.options import HIDDEN_WEIGHT
 from castlm_runtime.formats import FORMATS, HEADS
 
 MODEL, NUM_WEIGHTS, STEPS, TOKENS = "SmolLM2-135M", 134_515_008, 100, 512
 """The model of the table, and its training: steps, and tokens of a step."""
-SCALES = "GPTQ, 64 sequences, then 100 steps of the scales"
-"""The column of the table of models whose weights are not trained; their head is int8."""
+DENSE = "dense bf16"
+"""The row that the factors are of."""
+ROUNDED, SCALES_AFTER = "perplexity", "scales trained after rounding"
+"""The columns of models whose weights are trained."""
+SCALES_ALONE = "GPTQ, 64 sequences, then 100 steps of the scales"
+"""The column of models whose weights are not trained; their head is int8."""
 
 Commands = list[list[str]]
 """Arguments of commands, without the first word `castlm`."""
@@ -42,27 +48,41 @@ class Recipe:
     """The same of stories260K, if it was measured."""
     minutes: float = 0.0
     """Processor minutes of SmolLM2-135M for the start and the training."""
+    trains_weights: bool = False
     trains_scales: bool = False
-    """Whether the dense model is rounded and its scales alone are trained, instead of its weights."""
+    """Whether weights are rounded by GPTQ, after their training if they are trained, and the scales learn alone."""
 
     @property
     def trains(self) -> bool:
-        """Whether anything is trained; int8 loses too little for that."""
-        return FORMATS[self.option.values].group > 0
+        return self.trains_weights or self.trains_scales
 
-    def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
+    def commands(
+        self,
+        model: str,
+        text: str,
+        folder: str,
+        max_steps: int = STEPS,
+        seq_len: int = TOKENS,
+        num_weights: int = NUM_WEIGHTS,
+    ) -> Commands:
         """The commands that make it: a run in `folder`/run, if it trains weights, and the model in `folder`/packed."""
-        run, ends = f"{folder}/run", ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
-        ends += ["--calibration", text] if self.trains_scales or FORMATS[self.option.head].reads_text else []
-        if not self.trains or self.trains_scales:
-            quantize = ["quantize", model, "--kind", self.option.values, "--packed"]
-            quantize += ["--train-steps", str(max_steps), "--seq-len", str(seq_len)] if self.trains_scales else []
-            return [[*quantize, *ends]]
+        run, values, length = f"{folder}/run", self.option.values, ["--seq-len", str(seq_len)]
         train = ["train", "--model", model, "--dataset", text, "--output-dir", run]
         train += ["--pattern", self.option.pattern] if self.option.is_sparse else ["--method", "dense"]
-        train += ["--weight-bits", str(FORMATS[self.option.values].bits), "--max-steps", str(max_steps)]
-        train += ["--seq-len", str(seq_len), "--per-device-train-batch-size", "1"]
-        return [train, ["pack", run, *ends]]
+        train += ["--max-steps", str(max_steps), *length, "--per-device-train-batch-size", "1"]
+        if not self.trains_scales:
+            train += ["--weight-bits", str(FORMATS[values].bits)]
+        elif not self.option.is_sparse:  # nothing heals here: a lower rate than of sparse or rounded weights
+            train += ["--learning-rate", f"{default_learning_rate(num_weights) / 3:.2g}"]
+            train += ["--hidden-weight", f"{HIDDEN_WEIGHT:g}"]
+        make = ["quantize", run if self.trains_weights else model, "--kind", values, "--packed"]
+        if self.trains_scales:
+            make += ["--train-steps", str(max_steps), *length]
+        elif self.trains_weights:
+            make = ["pack", run]
+        make += ["--head", self.option.head, "--output-dir", f"{folder}/packed"]
+        make += ["--calibration", text] if self.trains_scales or FORMATS[self.option.head].reads_text else []
+        return [train, make] if self.trains_weights else [make]
 
 
 def parse_option(name: str) -> Option:
@@ -80,34 +100,52 @@ def parse_option(name: str) -> Option:
 
 @cache
 def recipes() -> tuple[Recipe, ...]:
-    """The recipes of the tables that end in a smaller file than bf16, with the head of the table and with others.
-
-    Another head multiplies the perplexity as it does that of the dense bf16 model, see the table of heads. A recipe
-    that trains scales alone takes the place of one that trains the weights where it is better.
-    """
+    """The recipes of the tables that end in a smaller file than bf16, each by the way of least perplexity."""
     tables = json.loads(files("castlm.lab.advice").joinpath("sizes.json").read_text(encoding="utf-8"))
-    large, smaller, heads = (_column(tables[name], "perplexity") for name in ("smollm2", "stories260k", "heads"))
-    minutes = _column(tables["smollm2"], "processor minutes")
-    by_option = {}
-    for name, perplexity in large.items():
-        option = parse_option(name)
-        others = [head for head in heads if name != "dense bf16" and head != option.head]
-        for head in [option.head, *others]:
-            factor = perplexity / large["dense bf16"] * heads.get(head, 1.0) / heads.get(option.head, 1.0)
-            # the head of stories260K was not rounded
-            of_smaller = smaller.get(f"{option.pattern} {option.values}")
-            again = None if of_smaller is None else of_smaller / smaller["dense bf16"]
-            recipe = Recipe(replace(option, head=head), factor, again, minutes.get(name, 0.0))
-            if head == option.head or recipe.option not in by_option:
-                by_option[recipe.option] = recipe
-    minutes = _column(tables["oneshot"], "processor minutes")
-    for weights, perplexity in _column(tables["oneshot"], SCALES).items():
-        for head, of_head in heads.items():
-            option = parse_option(f"{weights}, {head} head")
-            factor = perplexity / large["dense bf16"] * of_head / heads["int8"]
-            if factor < by_option[option].factor:
-                by_option[option] = Recipe(option, factor, minutes=minutes.get(weights, 0.0), trains_scales=True)
-    return tuple(recipe for recipe in by_option.values() if recipe.option.head != "bf16")
+    large, smaller, alone = tables["smollm2"], tables["stories260k"], tables["oneshot"]
+    heads = _column(tables["heads"], "perplexity")
+    dense, dense_smaller = (_column(table, ROUNDED)[DENSE] for table in (large, smaller))
+    minutes = {_weights(parse_option(name)): cost for name, cost in _column(large, "processor minutes").items()}
+    of_scales = _mean(list(_column(alone, "processor minutes").values()))
+    best: dict[Option, Recipe] = {}
+    for column, of_smaller, trains_weights, trains_scales in (
+        (_column(large, ROUNDED), _column(smaller, ROUNDED), True, False),
+        (_column(large, SCALES_AFTER), {}, True, True),
+        ({f"{weights}, int8 head": found for weights, found in _column(alone, SCALES_ALONE).items()}, {}, False, True),
+    ):
+        for option, perplexity in _with_heads(column, heads).items():
+            weights = _weights(option)
+            recipe = Recipe(
+                option,
+                perplexity / dense,
+                of_smaller[weights] / dense_smaller if weights in of_smaller else None,
+                minutes.get(weights, 0.0) * trains_weights + of_scales * trains_scales,
+                trains_weights=trains_weights and FORMATS[option.values].group > 0,  # int8 loses too little for that
+                trains_scales=trains_scales,
+            )
+            if option not in best or recipe.factor < best[option].factor:
+                best[option] = recipe
+    return tuple(best.values())
+
+
+def _with_heads(column: Mapping[str, float], heads: Mapping[str, float]) -> dict[Option, float]:
+    """The perplexity of each rounded row of a column with each head.
+
+    A head that was not measured with these weights multiplies the perplexity of one that was, as it does that of the
+    dense bf16 model.
+    """
+    measured = {parse_option(name): perplexity for name, perplexity in column.items() if name != DENSE}
+    found = {
+        replace(option, head=head): perplexity * heads[head] / heads[option.head]
+        for option, perplexity in measured.items()
+        for head in heads
+    }
+    return {**found, **measured}
+
+
+def _weights(option: Option) -> str:
+    """The name of an option without its head."""
+    return f"{option.pattern} {option.values}"
 
 
 def _column(table: Mapping[str, Any], name: str) -> dict[str, float]:
@@ -146,6 +184,10 @@ class Choice:
     def minutes(self) -> float:
         """Processor minutes of the best recipe, if they grow like the weights."""
         return self.best.minutes * self.num_weights / NUM_WEIGHTS
+
+    def commands(self, model: str, text: str, folder: str, max_steps: int = STEPS, seq_len: int = TOKENS) -> Commands:
+        """As `Recipe.commands`, of the best recipe."""
+        return self.best.commands(model, text, folder, max_steps, seq_len, self.num_weights)
 
     def text(self, commands: Commands) -> str:
         """The table, the recipe as commands, and what they cost."""
