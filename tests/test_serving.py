@@ -258,7 +258,11 @@ BAD_CHAT = [
         for content in (3, [IMAGE], [{"type": "text", "text": 3}], "a" * 400, "\ud800")
     ),
     *({"messages": [USER], "tools": tools} for tools in (3, ["a"], [{"type": "function"}], [TOOL])),  # no form for it
-    *({"messages": [USER], "tool_choice": choice} for choice in ("required", {"type": "function"})),
+    *({"messages": [USER], "tools": [TOOL], "tool_choice": choice} for choice in ("required", {"type": "function"})),
+    {"messages": [USER], "tool_choice": "auto"},
+    {"messages": [USER], "tools": [{**TOOL, "function": TOOL["function"] | {"strict": True}}], "tool_choice": "none"},
+    {"messages": [USER], "max_tokens": 3, "max_completion_tokens": 3},
+    {"messages": [USER], "stream": True, "stream_options": {"include_obfuscation": True}},
     *({"messages": [USER], "chat_template_kwargs": given} for given in ([], {"a-b": 1}, {"messages": 1}, {"other": 1})),
     {"messages": [USER], "top_logprobs": 3},
     *({"messages": [USER], "logprobs": given} for given in (3, "yes")),

@@ -32,7 +32,6 @@ _DEFAULTS: dict[str, tuple[Any, ...]] = {
     "modalities": (["text"],),
 }
 """Fields of the API that are not supported, and the values that ask for nothing."""
-_STREAM_OPTIONS = ("include_usage", "include_obfuscation")  # the second adds text that hides lengths: nothing here
 _PENALTIES = ("repetition_penalty", "repeat_penalty")  # vLLM's name and llama.cpp's
 _SHARED = {
     *("model", "n", "seed", "max_tokens", "stop", "stop_token_ids", "ignore_eos", "stream", "stream_options"),
@@ -102,12 +101,12 @@ def read_wanted(body: Mapping[str, Any], num_prompts: int, is_chat: bool) -> Wan
         )
     is_streamed = _flag(body, "stream")
     options = {} if body.get("stream_options") is None else body["stream_options"]
+    # Obfuscation is text that hides the lengths of tokens: the server adds none.
     if not isinstance(options, dict) or not all(
-        name in _STREAM_OPTIONS and isinstance(value, bool) for name, value in options.items()
+        isinstance(value, bool) and (name == "include_usage" or (name == "include_obfuscation" and not value))
+        for name, value in options.items()
     ):
-        raise RefusedError(
-            400, f"stream_options takes {' and '.join(_STREAM_OPTIONS)}, true or false", "stream_options"
-        )
+        raise RefusedError(400, "stream_options takes include_usage, true or false", "stream_options")
     if options and not is_streamed:
         raise RefusedError(400, "stream_options has an effect with stream alone: leave it out", "stream_options")
     if is_chat:
@@ -163,8 +162,8 @@ def read_schema(body: Mapping[str, Any]) -> Mapping[str, Any] | bool | None:
 def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The tools that the model may call; none with the choice "none"."""
     given, choice = body.get("tools"), body.get("tool_choice")
-    if choice not in (None, "none", "auto"):
-        raise RefusedError(400, 'tool_choice must be "auto" or "none"', "tool_choice")
+    if choice not in (None, "none", "auto") or (choice is not None and given is None):
+        raise RefusedError(400, 'tool_choice must be "auto" or "none", beside tools', "tool_choice")
     tools = [] if given is None else given
     if not isinstance(tools, list) or len(tools) > _MAX_TOOLS:
         raise RefusedError(400, f"tools must be a list of at most {_MAX_TOOLS} tools", "tools")
@@ -174,6 +173,8 @@ def read_tools(body: Mapping[str, Any]) -> list[dict[str, Any]]:
             raise RefusedError(
                 400, 'a tool is {"type": "function", "function": {"name": ..., "parameters": ...}}', "tools"
             )
+        if function.get("strict"):
+            raise RefusedError(400, "strict is not supported: the model chooses the arguments, leave it out", "tools")
     return [] if choice == "none" else tools
 
 
@@ -293,6 +294,15 @@ def number(
     return value
 
 
+def _one_of(body: Mapping[str, Any], first: str, second: str) -> str:
+    """Which of two names of a field a request gives; the first one where it gives neither."""
+    if body.get(second) is None:
+        return first
+    if body.get(first) is not None:
+        raise RefusedError(400, f"give one of {first} and {second}: they are two names of one field", second)
+    return second
+
+
 def check_room(num_prompt: int, context: int) -> int:
     """The tokens that an answer may have after a prompt."""
     if not num_prompt:
@@ -347,8 +357,8 @@ def read_answer(body: Mapping[str, Any], wanted: Wanted, ids: list[int], choice:
     context, of, vocabulary = engine.context, engine.defaults, engine.model.vocabulary
     room = check_room(len(ids), context)
     is_scored = wanted.echoes and wanted.num_logprobs is not None
-    name = "max_completion_tokens" if body.get("max_completion_tokens") is not None else "max_tokens"
-    most = number(body, name, min(_MAX_TOKENS, room), 1 << 53, whole=True)
+    name, most = _one_of(body, "max_tokens", "max_completion_tokens"), min(_MAX_TOKENS, room)
+    most = number(body, name, most, 1 << 53, whole=True)
     least = 0 if is_scored else 1
     if not least <= most <= room:
         raise RefusedError(
@@ -358,12 +368,6 @@ def read_answer(body: Mapping[str, Any], wanted: Wanted, ids: list[int], choice:
             name,
         )
     top_k = number(body, "top_k", None, 1 << 31, least=-1, whole=True)  # -1 is vLLM's word for all tokens
-    first, second = (number(body, name, None, 10, least=0.1) for name in _PENALTIES)
-    if first is not None and second is not None:
-        raise RefusedError(
-            400, f"give one of {' and '.join(_PENALTIES)}: they are two names of one field", _PENALTIES[1]
-        )
-    penalty = first if first is not None else second
     seed = number(body, "seed", None, (1 << 63) - 1, whole=True)
     stops, stop_tokens = _stops(body, vocabulary)
     num_logprobs = wanted.num_logprobs
@@ -372,7 +376,7 @@ def read_answer(body: Mapping[str, Any], wanted: Wanted, ids: list[int], choice:
         top_k=of.top_k if top_k is None else max(top_k, 0),
         top_p=float(number(body, "top_p", of.top_p, 1)),
         min_p=float(number(body, "min_p", 0.0, 1)),
-        repetition_penalty=of.repetition_penalty if penalty is None else float(penalty),
+        repetition_penalty=float(number(body, _one_of(body, *_PENALTIES), of.repetition_penalty, 10, least=0.1)),
         presence_penalty=float(number(body, "presence_penalty", 0.0, 2, least=-2)),
         frequency_penalty=float(number(body, "frequency_penalty", 0.0, 2, least=-2)),
         logit_bias=_biases(body, vocabulary),
