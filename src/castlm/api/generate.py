@@ -50,6 +50,7 @@ def generate(
     from castlm.fields import check_limits, convert
     from castlm.models.locate import result_folder
     from castlm.packed.generate import encode_prompt, generate_text, load_to_generate
+    from castlm.progress import note
 
     check_type(prompt, str, "prompt must be text", "give one")
     check_limits("max_new_tokens", convert("max_new_tokens", max_new_tokens, int), {"at_least": 1})
@@ -57,7 +58,9 @@ def generate(
     given = in_memory_or_named(model, tokenizer)
     if isinstance(given, str):
         name = result_folder(given)
-        given = load_to_generate(name, device=device, as_stored=False, trust_remote_code=trust_remote_code)
+        given = load_to_generate(name, device=device, as_stored=False, say=note, trust_remote_code=trust_remote_code)
     loaded, tokenizer = given
     ids = encode_prompt(tokenizer, prompt, raw)
-    return generate_text(loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed)
+    return generate_text(
+        loaded, tokenizer, ids, max_new_tokens=max_new_tokens, temperature=temperature, seed=seed, say=note
+    )

@@ -17,7 +17,7 @@ from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, activate, projections_of
 from castlm.models.stored_layout import StoredLayout
 from castlm.packed.layers import PackedLinear, PackedModule
-from castlm.packed.tensor import PackedTensor, unpack
+from castlm.packed.tensor import unpack
 from castlm_runtime.packed import PackedSpec
 
 if TYPE_CHECKING:
@@ -27,11 +27,12 @@ if TYPE_CHECKING:
 class PackedStack(PackedModule):
     """The stored tensors of one projection of all experts, (experts * out, in), before they are split."""
 
-    def apart(self) -> list[PackedLinear]:
-        """Splits the stack into one packed layer per expert, which reads its rows from the shared file."""
+    def apart(self, of_expert: int) -> list[PackedLinear]:
+        """Splits the stack into packed layers, `of_expert` for each expert, which read their rows from the file."""
         spec, source = self.spec, self.source
-        one = replace(spec, rows=spec.rows // spec.experts, experts=0, transposed=False)
-        layers = [PackedLinear(one) for _ in range(spec.experts)]
+        count = spec.experts * of_expert
+        one = replace(spec, rows=spec.rows // count, experts=0, transposed=False)
+        layers = [PackedLinear(one) for _ in range(count)]
         for number, layer in enumerate(layers):
             first, end = number * one.rows, (number + 1) * one.rows
             layer.read_from_({suffix: tensor.rows(first, end) for suffix, tensor in source.items()})
@@ -69,10 +70,10 @@ class PackedExperts(nn.Module):
     def dense(self) -> Any:
         return self._dense[0]
 
-    @property
-    def is_fused(self) -> bool:
-        """Whether the gate and the up projection of an expert are one packed layer."""
-        return any(of.name == "gate_up_proj" and len(of.pieces[0]) == 1 for of in self.projections if of.pieces)
+    def layers_of(self, name: str) -> list[list[PackedModule]]:
+        """The packed layers of each expert in the projection `name`, in the order of its rows."""
+        pieces = next((of.pieces for of in self.projections if of.name == name), ())
+        return [[self._layer(path) for path in of_expert] for of_expert in pieces]
 
     def pack_(self, model: PreTrainedModel, fqn: str, name: str, specs: Mapping[str, PackedSpec]) -> dict[str, str]:
         """Replaces the 3-D weight `name` of these experts, which stand at `fqn`, by packed layers without values.
@@ -110,16 +111,21 @@ class PackedExperts(nn.Module):
         return places
 
     def take_stacks_apart_(self) -> None:
-        """Gives each expert its own packed layers, once the file of a stack is known."""
+        """Gives each expert its own packed layers, once the file of a stack is known; gate and up are two, as in the
+        engine.
+        """
         for index, projection in enumerate(self.projections):
             if not projection.pieces:
                 stack = self.get_submodule(projection.name)
                 assert isinstance(stack, PackedStack)
                 delattr(self, projection.name)
-                paths = [f"{projection.name}.{expert}" for expert in range(projection.num_experts)]
-                for path, layer in zip(paths, stack.apart()):
+                of_expert = 2 if projection.name == "gate_up_proj" else 1
+                layers = stack.apart(of_expert)
+                paths = [f"{projection.name}.{number}" for number in range(len(layers))]
+                for path, layer in zip(paths, layers):
                     _add(self, path, layer)
-                self.projections[index] = replace(projection, pieces=tuple((path,) for path in paths))
+                pieces = tuple(tuple(paths[i : i + of_expert]) for i in range(0, len(paths), of_expert))
+                self.projections[index] = replace(projection, pieces=pieces)
 
     def to_dense(self, dtype: torch.dtype) -> nn.Module:
         """The module of transformers, with its 3-D weights in `dtype`, and biases as loaded."""
@@ -132,17 +138,17 @@ class PackedExperts(nn.Module):
     def _unpacked(self, projection: _Projection, dtype: torch.dtype) -> Tensor:
         """The 3-D weight in the layout of the module of experts."""
         if projection.pieces:
-            pieces = [[unpack(self._stored(path), dtype) for path in paths] for paths in projection.pieces]
+            pieces = [[unpack(self._layer(path).stored, dtype) for path in paths] for paths in projection.pieces]
             weight = torch.stack([torch.cat(of_expert) for of_expert in pieces])
         else:
-            stack = unpack(self._stored(projection.name), dtype)
+            stack = unpack(self._layer(projection.name).stored, dtype)
             weight = stack.view(projection.num_experts, -1, stack.shape[1])
         return weight.mT.contiguous() if projection.transposed else weight
 
-    def _stored(self, path: str) -> PackedTensor:
+    def _layer(self, path: str) -> PackedModule:
         layer = self.get_submodule(path)
         assert isinstance(layer, PackedModule)
-        return layer.stored
+        return layer
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """The forward of transformers' experts, one expert at a time.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,7 +53,16 @@ class MemoryWeights:
         found = self._experts.get(name)
         return getattr(self._module(name), "weight", None) if found is None else found
 
+    def _packed_stack(self, name: str) -> list[list[PackedModule]]:
+        """The packed layers of each expert in the stack `name`."""
+        path, _, projection = name.rpartition(".")
+        experts = self.modules.get(path)
+        return experts.layers_of(projection) if isinstance(experts, PackedExperts) else []
+
     def spec(self, name: str) -> PackedSpec | None:
+        if stack := self._packed_stack(name):
+            one = stack[0][0].spec
+            return replace(one, rows=one.rows * len(stack[0]) * len(stack), experts=len(stack))
         module = self._module(name)
         if isinstance(module, PackedModule):
             return module.spec
@@ -62,8 +73,11 @@ class MemoryWeights:
 
     def matrix(self, name: str, rows: Rows) -> PackedArray | Prepared:
         module = self._module(name)
+        if stack := self._packed_stack(name):
+            assert isinstance(rows, slice)
+            layers = list(itertools.chain(*stack))
+            module = layers[rows.start // layers[0].spec.rows]
         if isinstance(module, PackedModule):
-            assert rows is None, "a buffer of the kernels is not divided"
             packed: Any = module.packed
             return Prepared(packed.data_ptr(), packed.numel(), module.spec.rows, module.spec.columns, packed)
         weight = self._weight(name)
@@ -104,9 +118,9 @@ def why_not_in_engine(model: PreTrainedModel) -> str | None:
         return f"it is on {model.device}"
     if model.generation_config.get_generation_mode().value not in ("greedy_search", "sample"):
         return "its generation config asks for another search than greedy or sampled"
-    is_fused = describe(model.config.to_dict()).family.is_fused and is_packed(model)
-    is_fused |= any(isinstance(module, PackedExperts) and module.is_fused for module in model.modules())
-    return "its packed layers are fused" if is_fused else None
+    if describe(model.config.to_dict()).family.is_fused and is_packed(model):
+        return "its packed layers hold several matrices each, which the engine takes from a packed folder alone"
+    return None
 
 
 def model_in_engine(model: PreTrainedModel, threads: int = 0) -> Model:
