@@ -87,22 +87,12 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from castlm_runtime.defaults import Defaults
     from castlm_runtime.generate import Session
     from castlm_runtime.machine import check_threads
-    from castlm_runtime.model import Model
-    from castlm_runtime.tokenizer import Tokenizer
 
     check_threads(options.threads)
-    folder = options.folder
-    tokenizer = Tokenizer.open(folder)  # before the model: reading it takes 40 MiB for a moment
-    session = Session(
-        Model.open(folder, options.threads),
-        tokenizer,
-        Defaults.open(folder),
-        kind=options.cache,
-        context=options.context,
-        say=_note,
+    session = Session.open(
+        options.folder, threads=options.threads, kind=options.cache, context=options.context, say=_note
     )
     done = session.generate(
         session.encode(options.prompt, options.raw),
@@ -112,10 +102,7 @@ def _generate(options: argparse.Namespace) -> int:
         write=lambda text: print(text, end="", flush=True),
     )
     print(flush=True)
-    _note(
-        f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
-        f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
-    )
+    _note(str(done))
     return 0
 
 

@@ -31,6 +31,13 @@ class Generated:
     tokens: tuple[int, ...] = ()
     """The new tokens."""
 
+    def __str__(self) -> str:
+        """The numbers and times in one line."""
+        return (
+            f"{self.prompt_tokens} tokens of prompt in {self.prompt_seconds:.2f} s, "
+            f"{self.new_tokens} new tokens, {self.tokens_per_second:.1f} a second"
+        )
+
 
 def check_tokens(ids: Sequence[int], model: Model) -> None:
     """Raises `InputError` if the model lacks a token, as where its tokenizer has more."""
@@ -58,18 +65,26 @@ class Session:
         *,
         kind: str = "bf16",
         context: int | None = None,
-        shares_prefixes: bool = True,
         say: Callable[[str], None] = silent,
     ):
         self.model, self.tokenizer, self.defaults = model, tokenizer, defaults
         self.context, num_tokens = cache_size(model, kind, context, say)
-        self._batch = Batch(model, kind, num_tokens, shares_prefixes)
+        self._batch = Batch(model, kind, num_tokens)
 
     @classmethod
-    def open(cls, folder: str | Path, *, threads: int = 0, kind: str = "bf16") -> Session:
+    def open(
+        cls,
+        folder: str | Path,
+        *,
+        threads: int = 0,
+        kind: str = "bf16",
+        context: int | None = None,
+        say: Callable[[str], None] = silent,
+    ) -> Session:
         """The model of a folder. Raises `InputError` as `Model.open` and `Tokenizer.open` do."""
         tokenizer = Tokenizer.open(folder)  # before the model: reading it takes 40 MiB for a moment
-        return cls(Model.open(folder, threads), tokenizer, Defaults.open(folder), kind=kind)
+        model = Model.open(folder, threads)
+        return cls(model, tokenizer, Defaults.open(folder), kind=kind, context=context, say=say)
 
     def encode(self, prompt: str, raw: bool = False) -> list[int]:
         """The tokens of a prompt: as a user's turn where the tokenizer has a chat template, unless `raw`.

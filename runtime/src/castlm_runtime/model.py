@@ -215,13 +215,13 @@ class Model:
 
     def _spec(self, of: Description, weights: Weights, progress: Callable[[int, int], None]) -> ctypes.Structure:
         plan = _plan(of, weights)
-        wanted = sum(-(-plan_bytes // _ALIGNMENT) * _ALIGNMENT for plan_bytes in plan.sizes.values())
+        wanted = sum(-(-size // _ALIGNMENT) * _ALIGNMENT for _, _, size in plan.values())
         arena, offset = library.allocate(wanted), 0
         self._kept.append(arena)
         weight_ref, layer_spec = library.structure("WeightRef"), library.structure("LayerSpec")
         expert_spec = library.structure("ExpertSpec")
         references: dict[str, Any] = {}
-        for number, (place, (name, rows, size)) in enumerate(plan.matrices.items(), 1):
+        for number, (place, (name, rows, size)) in enumerate(plan.items(), 1):
             with naming(name):
                 found = weights.matrix(name, rows)
                 if isinstance(found, Prepared):
@@ -230,12 +230,13 @@ class Model:
                 else:
                     buffer = arena[offset : offset + size]
                     found.repack_(buffer, self.threads)
-                    references[place] = weight_ref(library.address(buffer), size, *_shape(found), None)
+                    shape = found.spec.rows, found.spec.columns
+                    references[place] = weight_ref(library.address(buffer), size, *shape, None)
                     offset += -(-size // _ALIGNMENT) * _ALIGNMENT
                 bias = weights.vector(f"{name}.bias")
                 if bias is not None:
                     references[place].bias = self._vector(bias if rows is None else bias[rows], of_name=f"{name}.bias")
-            progress(number, len(plan.matrices))
+            progress(number, len(plan))
         layers = (layer_spec * of.num_layers)()
         tables = self._rotary_tables(of)
         for i in range(of.num_layers):
@@ -418,19 +419,11 @@ def block_bytes(model: Model, kind: str) -> int:
 # ---- which matrices a model has
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """The matrices of a model by their place in the engine: the name in the files, the rows, the bytes in memory."""
+def _plan(of: Description, weights: Weights) -> dict[str, tuple[str, Rows, int]]:
+    """The matrices of a model by their place in the engine: the name in the files, the rows, the bytes in memory.
 
-    matrices: Mapping[str, tuple[str, Rows, int]]
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {place: size for place, (_, _, size) in self.matrices.items()}
-
-
-def _plan(of: Description, weights: Weights) -> _Plan:
-    """The matrices of a model. Places are such as "3.q", "3.router", and "3.7.up" of expert 7."""
+    Places are such as "3.q", "3.router", and "3.7.up" of expert 7.
+    """
     found: dict[str, tuple[str, Rows, int]] = {}
 
     def add(name: str, places: Mapping[str, tuple[int, Rows]], columns: int, experts: int = 0) -> None:
@@ -479,7 +472,7 @@ def _plan(of: Description, weights: Weights) -> _Plan:
             else:
                 each = {f"{i}.{e}.{part}": rows_of_expert[part] for e in range(of.num_experts) for part in parts}
                 add(f"{at}.{name}", _consecutive(each), columns, of.num_experts)
-    return _Plan(found)
+    return found
 
 
 def _by(shape: Sequence[int]) -> str:
@@ -505,10 +498,6 @@ def _consecutive(rows: Mapping[str, int]) -> dict[str, tuple[int, Rows]]:
     """The number of rows of each place, and the slice that it has in a matrix in which they follow each other."""
     ends = itertools.accumulate(rows.values())
     return {place: (count, slice(end - count, end)) for (place, count), end in zip(rows.items(), ends)}
-
-
-def _shape(weight: PackedArray) -> tuple[int, int]:
-    return weight.spec.rows, weight.spec.columns
 
 
 def blocks_for(num_tokens: int) -> int:

@@ -77,10 +77,7 @@ class GenerateCommand:
         folder = None if self.image or self.trust_remote_code or has_gpu() else engine_folder(self.path)
         done = self._by_transformers() if folder is None else self._by_engine(folder)
         print(flush=True)
-        note(
-            f"{done.prompt_tokens} tokens of prompt in {done.prompt_seconds:.2f} s, "
-            f"{done.new_tokens} new tokens, {done.tokens_per_second:.1f} a second"
-        )
+        note(str(done))
         return 0
 
     def _by_engine(self, folder: Path) -> Generated:
