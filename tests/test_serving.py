@@ -36,7 +36,6 @@ from castlm_runtime.server.app import make_app
 from castlm_runtime.server.fields import Wanted
 from castlm_runtime.server.reply import Piece, Reply
 from castlm_runtime.server.run import default_name
-from tests.hostile_clients import attack
 from tests.ranks import free_port, start_command, wait_ranks
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
 
@@ -683,18 +682,6 @@ def test_a_client_that_goes_away_ends_its_request(server):
     assert sum(map(metric, whole)) - before <= 30
 
 
-@pytest.mark.slow
-def test_a_good_client_among_ten_hostile_ones_is_answered(tmp_path):
-    found = attack(str(save_tiny(tmp_path / "small")), 40, tmp_path)
-    among = found["among"]
-    assert among.seconds
-    assert set(among.outcomes) <= {"200", "429", "closed while not in use"}
-    assert len(among.texts | found["alone"].texts) == 1
-    assert found["memory_mib"]["most"] < found["memory_mib"]["before"] + 100
-    assert found["exit_code"] == 143
-    assert "Traceback" not in found["log"]
-
-
 @pytest.fixture
 def listening(engine, monkeypatch) -> Iterator[tuple[int, connections.Server]]:
     """A server in this process with short deadlines: its port."""
@@ -750,37 +737,6 @@ def test_a_connection_without_a_whole_request_is_cut_at_its_deadline(half, liste
     with socket.create_connection(("localhost", listening[0])) as connection:
         connection.sendall(half)
         assert is_cut(connection, 60)
-
-
-def test_a_connection_is_read_before_it_can_give_way(listening, monkeypatch):
-    """Hundreds of connections are opened while good clients send their requests: none of these is cut."""
-    monkeypatch.setattr(connections, "MAX_CONNECTIONS", 2 * connections._AT_ONCE)
-    port, _ = listening
-    is_over, opened = threading.Event(), [0]
-
-    def flood() -> None:
-        while not is_over.is_set():
-            some = []
-            for _ in range(300):
-                some.append(socket.create_connection(("localhost", port)))
-                some[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-")
-            opened[0] += len(some)
-            for connection in some:
-                connection.close()
-
-    thread = threading.Thread(target=flood)
-    thread.start()
-    try:
-        statuses = []
-        while len(statuses) < 10 or opened[0] < 900:
-            with socket.create_connection(("localhost", port)) as good:
-                good.sendall(b"GET /health HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
-                good.settimeout(20)
-                statuses.append(good.recv(12))
-    finally:
-        is_over.set()
-        thread.join()
-    assert set(statuses) == {b"HTTP/1.1 200"}
 
 
 def test_a_client_that_does_not_read_is_cut(listening):
