@@ -49,8 +49,6 @@ from tests.stub_backend import StubBackend
 from tests.test_models import write_gguf
 from tests.tiny import save_tiny, tiny_model
 
-LLAMA_7B = Shapes({(4096, 4096): 128, (11008, 4096): 64, (4096, 11008): 32}, (32000, 4096))
-
 
 def test_shapes_come_from_the_config_alone(tmp_path):
     folder = save_tiny(tmp_path / "m", "llama")

@@ -34,7 +34,7 @@ from tests.chats import (
     write_talks,
 )
 from tests.refusals import refusal
-from tests.runs import assert_equal_weights, metrics, small, stop_and_resume, train_until
+from tests.runs import metrics, small, stop_and_resume, train_until
 from tests.texts import sequences
 from tests.tiny import EOS_ID, tiny_model
 
@@ -446,24 +446,6 @@ def test_a_resumed_run_is_the_straight_run_bit_for_bit(chat_llama, chat, tmp_pat
     last = metrics(stop_and_resume(straight, 3))[-2]
     assert last["tokens"] == 4 * 4 * 96
     assert 0 < last["loss_tokens"] < 4 * 96
-
-
-@pytest.mark.slow
-def test_a_teacher_cache_serves_another_labelling_of_the_same_text_and_no_other_template(
-    chat_llama, chat, tmp_path, capsys
-):
-    """The teacher's tokens are kept at every position, and not only where they counted in the run that wrote them."""
-    fields = {"teacher_top_k": 8, "teacher_cache": str(tmp_path / "cache")}
-    train(of_chat(chat_llama, chat, tmp_path / "one", **fields))
-    capsys.readouterr()
-    everything = of_chat(chat_llama, chat, tmp_path / "two", assistant_only_loss=False, **fields)
-    train(everything)
-    assert "no teacher is loaded" in capsys.readouterr().err
-    train(everything.changed(output_dir=str(tmp_path / "three"), teacher_cache=None, hidden_weight=0.0))
-    assert_equal_weights(tmp_path / "two" / "model", tmp_path / "three" / "model")
-    (tmp_path / "other.jinja").write_text(CHATML.replace("system", "s").replace("'\n'", "'\n\n'"))
-    train(of_chat(chat_llama, chat, tmp_path / "four", chat_template_path=str(tmp_path / "other.jinja"), **fields))
-    assert "missing sequences are added" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -104,17 +104,6 @@ def test_output_that_nobody_reads_is_no_error(arguments, file):
     assert (done.returncode, done.stderr) == (141, "")
 
 
-@pytest.mark.slow
-def test_progress_that_nobody_reads_ends_a_run_as_sigpipe_does(tmp_path, text, llama):
-    arguments = ["train", "--model", llama, "--dataset", text, "--output-dir", str(tmp_path / "run")]
-    arguments += ["--max-steps", "2", "--seq-len", "16", "--init-from", "magnitude", "--ignore-decay-budget"]
-    reader, writer = os.pipe()
-    os.close(reader)
-    done = castlm(arguments, stdout=subprocess.PIPE, stderr=writer)
-    os.close(writer)
-    assert (done.returncode, done.stdout) == (141, "")
-
-
 def test_a_deleted_working_folder_and_a_run_that_diverged_have_their_own_lines_and_codes(tmp_path, monkeypatch, capsys):
     (tmp_path / "gone").mkdir()
     monkeypatch.chdir(tmp_path / "gone")

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.utils.parametrize import is_parametrized
 from transformers import PreTrainedModel
@@ -30,21 +30,18 @@ from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups, weight_parameter
 from castlm.data.packing import BatchLoader
 from castlm.distributed import export
-from castlm.distributed import sharding as fsdp
 from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
 from castlm.distributed.world import World, close_world, closing, init_world, interface_to
 from castlm.export.verify import verify
-from castlm.files import output
 from castlm.models.io import load_model
 from castlm.signals import Interrupt, stopped_by_sigterm
-from castlm.training import attention, checkpoint, finish, start
+from castlm.training import checkpoint, finish, start
 from castlm.training import model as opening
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
-from castlm.training.first_steps import measure_first_steps
 from castlm.training.objective import Objective, as_teacher_, pruned
-from castlm.training.train import resolve, train
+from castlm.training.train import train
 from castlm.training.trainer import Trainer
 from tests.faults import (
     Ground,
@@ -348,28 +345,6 @@ def test_an_error_of_a_rank_is_not_taken_for_the_end_of_another(gemma, text, tmp
     assert "rank 0" in Path(f"{log}.1").read_text()
 
 
-def train_without_memory(config: TrainConfig, rank: int) -> int:
-    """The memory of `rank` runs out where a run finds out how to keep documents apart."""
-    backbone = attention.backbone
-
-    def failing(model: PreTrainedModel) -> Any:
-        if os.environ["RANK"] == str(rank):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return backbone(model)
-
-    attention.backbone = failing
-    return train_as_a_command(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_memory_that_runs_out_on_one_rank_ends_all(rank, gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, timeout_s=600)  # far longer than the test waits
-    codes = wait_ranks(start_ranks(train_without_memory, 2, config, rank, log=tmp_path / "log"), 200)
-    assert all(codes), said(tmp_path / "log", 2)
-    assert "memory" in Path(f"{tmp_path / 'log'}.{rank}").read_text()
-
-
 # ---------------------------------------------------------------------- the run checks itself
 
 
@@ -394,29 +369,6 @@ def test_a_weight_that_is_not_stepped_stops_the_run(gemma, text, tmp_path, monke
     )
     with pytest.raises(RuntimeError, match=r"0 .*18,432"):
         train(small(gemma, text, tmp_path / "run", 1))
-
-
-def measure_lam(config: TrainConfig, file: Path) -> None:
-    world = init_world("cpu", config.runtime.sharding)
-    lam = resolve(config, world).method.lam
-    assert set(world.gather(lam)) == {lam}
-    layers = measure_first_steps(config, world, steps=1).layers
-    assert all(other == layers for other in world.gather(layers))
-    if world.is_main:
-        file.write_text(repr(lam))
-    close_world(world)
-
-
-@pytest.mark.slow
-def test_ranks_calibrate_the_lam_of_one_rank(gemma, text, tmp_path):
-    over = {"decay": "additive", "lam": "auto"}
-    for ranks in (1, 2):
-        run_ranks(
-            measure_lam, ranks, small(gemma, text, tmp_path / "run", ranks, **over), tmp_path / str(ranks),
-            folder=tmp_path,
-        )  # fmt: skip
-    one, two = (float((tmp_path / str(ranks)).read_text()) for ranks in (1, 2))
-    assert one == pytest.approx(two, rel=1e-3)
 
 
 # ---------------------------------------------------------------------- checkpoints
@@ -539,60 +491,6 @@ def test_each_rank_writes_whole_files_with_the_bits_of_one_rank(size, sharding, 
     assert one == other
 
 
-def export_with_a_fault(config: TrainConfig, rank: int, kills: bool) -> int:
-    """The second tensor of a file cannot be written on `rank`, or is its last."""
-    write_file = export.write_file
-
-    def failing(file: Path, content: Any, tensors: Any) -> None:
-        def cut_short() -> Any:
-            yield next(tensors)
-            if kills:
-                os.kill(os.getpid(), signal.SIGKILL)
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-        write_file(file, content, cut_short() if os.environ["RANK"] == str(rank) else tensors)
-
-    export.write_file = failing
-    return export_in_small_files(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [False, True])
-def test_an_export_that_a_rank_cannot_write_leaves_none(kills, gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, max_steps=1, timeout_s=10)
-    if kills:
-        codes = wait_ranks(start_ranks(export_with_a_fault, 2, config, 1, True, log=tmp_path / "log"), 60)
-        assert codes == [2, -signal.SIGKILL], said(tmp_path / "log", 2)
-    else:
-        assert_refused(
-            tmp_path / "log", r"disk full while writing .*safetensors", export_with_a_fault, config, 1, False
-        )
-    left = [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith((".model", "model"))]
-    assert not left
-
-
-def export_without_memory(config: TrainConfig, rank: int) -> int:
-    """The memory of `rank` runs out where it assembles a tensor that all ranks send."""
-    rows_to = export._rows_to
-
-    def failing(writer: int, folded: Any, result: Any) -> Any:
-        if os.environ["RANK"] == str(rank) and folded.name.endswith("layers.1.mlp.up_proj.weight"):
-            raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
-        return rows_to(writer, folded, result)
-
-    export._rows_to = failing
-    return export_in_small_files(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_an_export_in_which_a_rank_cannot_send_ends_on_all_ranks(rank, gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, max_steps=1, timeout_s=600)  # far longer than the test waits
-    codes = wait_ranks(start_ranks(export_without_memory, 2, config, rank, log=tmp_path / "log"), 60)
-    assert all(codes), said(tmp_path / "log", 2)
-    assert not [file.name for file in (tmp_path / "run").iterdir() if file.name.startswith((".model", "model"))]
-
-
 GENERATION = {"do_sample": False, "temperature": 0.6, "eos_token_id": [7, 256], "max_new_tokens": 5}
 """Settings that transformers warns about and would not save if they were built again."""
 
@@ -629,28 +527,6 @@ def test_an_export_of_ranks_is_as_transformers_writes_it(family, run, text, tmp_
     from_disk = record["proof"]["perplexity_from_disk"]
     assert from_disk == pytest.approx(record["perplexity"]["pruned"], rel=1e-2)  # of weights rounded to bf16
     assert (folder / "README.md").is_file()
-
-
-def export_slowly(config: TrainConfig) -> None:
-    """Trains; listing the files of the result takes longer than `timeout_s`."""
-    record_output = output.record_output
-
-    def slowly(folder: Path, **about: Any) -> None:
-        time.sleep(1.1 * config.runtime.timeout_s)
-        record_output(folder, **about)
-
-    output.record_output = slowly
-    train(config)
-
-
-@pytest.mark.slow
-def test_a_dense_control_is_exported_by_ranks_that_wait_for_the_main_rank(gemma, text, tmp_path):
-    config = small(gemma, text, tmp_path / "run", 2, method="dense", max_steps=1, save_steps=0, timeout_s=4)
-    run_ranks(export_slowly, 2, config, folder=tmp_path)
-    record = record_of(tmp_path / "run" / "model")
-    assert record["pattern"] is None
-    assert record["perplexity"]["trained"] > 1
-    load_model(str(tmp_path / "run" / "model"))
 
 
 @pytest.mark.slow
@@ -773,38 +649,6 @@ def test_what_is_read_row_by_row_is_the_loaded_model_and_has_its_fingerprint(fam
         assert found[name].dtype == tensor.dtype
         assert torch.equal(found[name], tensor), name
     assert len(dict(model.named_parameters())) == len(dict(expected.named_parameters()))  # tied weights stay tied
-
-
-def train_with_wide_ends(config: TrainConfig) -> None:
-    fsdp._NARROW_END = MixedPrecisionPolicy(cast_forward_inputs=False)
-    train(config)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("family", "more", "bound", "ranks"), [("llama", AS_PUBLISHED, 3e-3, 2), ("gpt2", {}, 1e-2, 3)]
-)
-def test_bf16_with_a_sharded_teacher(family, more, bound, ranks, text, tmp_path):
-    """Within `bound` of one rank's loss, as far as bf16 is from fp32: weights are rounded before the scale, and a mask
-    may flip elsewhere. Untied embeddings are rounded before they are looked up, which is 6 % of the first gradient,
-    where student and teacher hardly differ; gathered in fp32, they leave that gradient as it is on one rank."""
-    model, is_untied = str(save_tiny(tmp_path / "model", family)), family == "llama"
-
-    def rows(count: int, function: Callable[[TrainConfig], Any] = train) -> list[dict[str, Any]]:
-        fields = {"precision": "bf16", "max_steps": 6, "eval_steps": 3, "gradient_checkpointing": count == 3, **more}
-        folder = tmp_path / f"{function.__name__}-{count}"
-        run_ranks(function, count, small(model, text, folder, count, **fields), folder=tmp_path)
-        return metrics(folder)
-
-    one, several = rows(1), rows(ranks)
-    for expected, row in zip(one, several, strict=True):
-        of_gradient = 1e-1 if is_untied and row["step"] == 1 else 5e-2
-        for key, rel in (("loss", bound), ("kl", 5e-2), ("grad_norm", of_gradient), ("perplexity", 5e-3)):
-            if key in expected:
-                assert row[key] == pytest.approx(expected[key], rel=rel, abs=1e-4), key
-    if is_untied:
-        first = [next(row for row in found if row["step"] == 1) for found in (one, rows(2, train_with_wide_ends))]
-        assert first[1]["grad_norm"] == pytest.approx(first[0]["grad_norm"], rel=1e-5)
 
 
 def see_what_is_gathered(folder: str) -> None:

@@ -104,17 +104,6 @@ def test_a_resumed_run_is_the_straight_one(sparse, text, tmp_path, adapter):
     stop_and_resume(straight, 4)
 
 
-@pytest.mark.slow
-def test_two_ranks_train_as_one(sparse, text, tmp_path):
-    for ranks in (1, 2):
-        config = small(sparse, text, tmp_path / f"run-{ranks}", per_device_train_batch_size=4 // ranks)
-        run_ranks(train, ranks, config, folder=tmp_path)
-    one, two, before = weights(tmp_path / "run-1" / "model"), weights(tmp_path / "run-2" / "model"), weights(sparse)
-    assert_same_but_for_sums(one, two)
-    for name in one:
-        assert torch.equal(two[name] == 0, before[name] == 0) or "proj" not in name
-
-
 def test_layers_left_dense_in_the_model_stay_dense(llama, text, tmp_path):
     over = {"left_dense": ("layers.1.mlp.up_proj",), "max_steps": 2, "init_from": "magnitude"}
     train(small_run(llama, text, tmp_path / "cast", **over))

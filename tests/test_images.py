@@ -25,7 +25,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import is_nm_sparse
 from castlm.core.sparsify import sparse_linears
 from castlm.data import images as image_reader
-from castlm.data.calibration import CalibrationText, calibration_sequences
+from castlm.data.calibration import calibration_sequences
 from castlm.data.columns import Document, Kind, find_columns
 from castlm.data.documents import Mixture, open_documents
 from castlm.data.extra import join_extra
@@ -47,7 +47,6 @@ from tests.ranks import run_ranks
 from tests.refusals import assert_refused, refusal
 from tests.runs import (
     assert_equal_weights,
-    assert_same_runs_but_for_sums,
     prune_to,
     small,
     small_command,
@@ -313,19 +312,6 @@ def test_the_solver_sees_the_images(vlm, dataset):
     assert not torch.equal(loaded.model.get_submodule(name).weight, blind.get_submodule(name).weight)
 
 
-def test_the_record_of_a_calibration_text_has_its_images(vlm, dataset):
-    ids, images = calibration_sequences(open_documents(dataset), encoder_of(vlm), 4, 64)
-    record = CalibrationText(ids, images).record()
-    assert record == CalibrationText(ids, images).record()
-    assert CalibrationText(ids).record()["extras_sha256"] is None
-    for number, arguments in enumerate(images):
-        for name, value in arguments.items():
-            other = value.clone()
-            other.view(-1)[-1] += 1
-            changed = [*images[:number], {**arguments, name: other}, *images[number + 1 :]]
-            assert CalibrationText(ids, changed).record() != record
-
-
 @pytest.fixture(scope="module")
 def trained(vlm, dataset, tmp_path_factory) -> Path:
     """The folder of a run of the command."""
@@ -361,14 +347,6 @@ def test_a_run_on_images_resumes_exactly(vlm, dataset, trained, tmp_path):
     train_until(config, 3)
     train(config.changed(resume=True))
     assert_equal_weights(trained / "model", tmp_path / "resumed" / "model")
-
-
-@FIRST_AND_LAST
-@pytest.mark.slow
-def test_two_ranks_on_images_are_one(vlm, dataset, trained, tmp_path):
-    config = small(str(vlm), str(dataset), tmp_path / "ranks", **OVER, per_device_train_batch_size=2)
-    run_ranks(train, 2, config, folder=tmp_path)
-    assert_same_runs_but_for_sums(trained / "model", tmp_path / "ranks" / "model")
 
 
 @pytest.mark.slow

@@ -2,8 +2,6 @@
 
 import math
 import shutil
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -18,7 +16,6 @@ from castlm.core.sparsify import is_sparse_linear, prune_
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.verify import verify
 from castlm.models.io import load_model
-from castlm.models.weights import PACKED_NOTICE
 from castlm.packed import generate, native
 from castlm.packed.in_engine import Greedy, why_not_in_engine
 from castlm.packed.layers import PackedEmbedding, PackedLinear, PackedModule, pack_model_
@@ -227,27 +224,6 @@ def test_tables_that_scale_what_they_look_up_stay_in_fp32(tmp_path):
     pack_model_(model, 0, 0)
     assert model(IDS).logits.dtype == torch.float32
     torch.testing.assert_close(model(IDS).logits, plain, rtol=0.02, atol=0.02)
-
-
-@pytest.mark.slow
-def test_transformers_loads_a_packed_folder_once_castlm_is_registered(folders):
-    code = (
-        "import sys, castlm\n"
-        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
-        "from transformers import AutoModelForCausalLM\n"
-        f"def load(): return AutoModelForCausalLM.from_pretrained({str(folders[1])!r})\n"
-        "try: load()\n"
-        "except ValueError as error: print(error)\n"
-        f"castlm.load_model({str(folders[1])!r})\n"  # registers too
-        "castlm.register()\n"
-        "print(type(load().model.layers[0].mlp.up_proj).__name__)\n"
-        "assert not [f for f in sys.meta_path if 'castlm' in str(type(f))]\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
-    assert done.returncode == 0, done.stderr
-    refused, loaded = done.stdout.splitlines()[:2]
-    assert loaded in ("PackedLinear", "Linear")
-    assert refused.endswith(PACKED_NOTICE)
 
 
 @needs_kernels

@@ -1,6 +1,5 @@
 """A prune gives the same result with one block or the whole model in memory, after a kill at any moment too."""
 
-import json
 import weakref
 from pathlib import Path
 
@@ -128,32 +127,10 @@ def test_a_prune_killed_at_any_moment_goes_on_to_the_same_result(llama, straight
     assert record_of(straight)["basis"]["changes"] == record_of(tmp_path / "killed")["basis"]["changes"]
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("call", [slow(3), 6, slow(9)])  # two of each model in a block; in the last, of the dense one
-def test_a_prune_killed_while_it_follows_the_dense_model_goes_on_to_the_same_result(llama, tmp_path, text, call):
-    options = (*PLAIN, "--reconstruct-epochs", "1")
-    whole = prune(llama, text, tmp_path / "whole", *options, memory="model")
-    with killed_in(HiddenStates, "__setitem__", call):
-        prune(llama, text, tmp_path / "killed", *options)
-    assert_equal_weights(whole, prune(llama, text, tmp_path / "killed", *options))
-
-
 def unfinished(llama, tmp_path, text, *options: str) -> Path:
     with killed_in(HiddenStates, "move_on"):
         prune(llama, text, tmp_path / "out", *options)
     return tmp_path / "out.partial"
-
-
-def test_other_options_do_not_continue_an_earlier_prune(llama, tmp_path):
-    rows = tmp_path / "rows.jsonl"
-    words = [" ".join(chr(97 + (i * j) % 26) * 3 for j in range(90)) for i in range(40)]
-    rows.write_text("".join(json.dumps({"text": line, "other": line[::-1]}) + "\n" for line in words))
-    unfinished(llama, tmp_path, str(rows), *PLAIN)
-    with pytest.raises(InputError, match=r"damping = 0.01.*0.1"):
-        prune(llama, str(rows), tmp_path / "out", *PLAIN, "--damping", "0.1")
-    with pytest.raises(InputError, match="unfinished"):
-        prune(llama, str(rows), tmp_path / "out", *PLAIN, "--column", "other")
-    assert (tmp_path / "out.partial" / "progress.json").exists()
 
 
 def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, tmp_path, text, capsys):

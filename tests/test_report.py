@@ -5,7 +5,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -23,8 +22,6 @@ from castlm.training.verdict import verdict
 from tests.runs import edit_json, record_of, small_command
 from tests.slow import slow
 from tests.tiny import TEXT
-
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 @pytest.fixture(scope="module")
@@ -247,22 +244,3 @@ POOR = {"dense": 5.0, "before_prune": 75.0, "pruned": 75.0}
 def test_a_run_has_diverged_only_if_it_ended_above_its_start(figures, earlier, problem):
     found = verdict(Perplexities(**figures), earlier)
     assert (found.ok, found.problem) == (problem is None, problem)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(CHROMIUM is None, reason="no chromium: apt-get install chromium")
-def test_a_browser_shows_the_page(finished, tmp_path):
-    picture = tmp_path / "page.png"
-    options = ["--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
-    options += ["--window-size=1280,3000", f"--screenshot={picture}"]
-    url = (finished / "report.html").resolve().as_uri()
-    done = subprocess.run([str(CHROMIUM), *options, url], capture_output=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-500:]
-    image = pytest.importorskip("PIL.Image")
-
-    colours = image.open(picture).convert("RGB").getcolors(maxcolors=2**24)
-    counts = {colour: count for count, colour in colours}
-    assert sum(counts.values()) == 1280 * 3000
-    blue = sum(count for (r, g, b), count in counts.items() if b > r + 60 and b > g + 30)
-    assert blue > 5_000  # lines and cells were drawn
-    assert max(counts.values()) < 0.95 * 1280 * 3000  # and not on an empty page

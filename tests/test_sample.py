@@ -13,7 +13,6 @@ from castlm.core.errors import InputError
 from castlm.data.columns import Kind
 from castlm.data.documents import open_documents
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.lab import sampling
 from castlm.lab.sampling import Sampler, fill, open_samples, read_prompts
 from tests.chats import CHATML, chat_tokenizer, write_rows
 from tests.ranks import start_command, wait_for
@@ -253,55 +252,6 @@ def test_bad_input_is_one_line_and_nothing_is_overwritten(chat_llama, tmp_path, 
     assert other.read_text() == '{"text": "mine"}\n'
     assert not (tmp_path / "b.jsonl.part").exists()
     assert not list(tmp_path.glob(".*.lock"))
-
-
-@pytest.mark.parametrize("is_begun", [False, True])
-def test_a_kill_around_the_first_rows_leaves_what_can_be_resumed_or_overwritten(tmp_path, monkeypatch, is_begun):
-    straight, path = tmp_path / "straight.jsonl", tmp_path / "a.jsonl"
-    written(straight, sampler_of())
-
-    def killed(descriptor):
-        raise KeyboardInterrupt
-
-    for options in ({}, {"overwrite": True}):
-        with monkeypatch.context() as patch:
-            patch.setattr(sampling.os, "fsync", killed)  # the rows are there, their record is not
-            patch.setattr(sampling, "atomic_write_json", lambda path, content: path.write_text(json.dumps(content)))
-            with pytest.raises(KeyboardInterrupt):
-                written(path, sampler_of(), **options)
-        assert (tmp_path / "a.jsonl.part").exists()
-    if not is_begun:
-        (tmp_path / "a.jsonl.part").unlink()
-    written(path, sampler_of(), resume=True)
-    assert path.read_bytes() == straight.read_bytes()
-
-
-def test_a_kill_between_the_name_and_the_record_leaves_a_finished_file(tmp_path, monkeypatch):
-    path, record = tmp_path / "a.jsonl", tmp_path / "a.jsonl.castlm.json"
-
-    def killed(folder):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(sampling, "flush_folder", killed)
-        with pytest.raises(KeyboardInterrupt):
-            written(path, sampler_of())
-    before = record.read_text()
-    with open_samples(path, {"seed": 0}, dedup_prefix=5, resume=True) as file:
-        assert file.is_finished
-        assert file.tokens >= 150
-    assert record.read_text() == before
-    written(path, sampler_of(), overwrite=True)
-
-
-@pytest.mark.parametrize(
-    "edit", [{"settings": [1]}, {"settings": 1}, {"samples": 10**6}, {"tokens": "7"}, {"batches": -1}]
-)
-def test_an_edited_record_is_not_resumed(edit, stopped):
-    record = stopped.with_name("a.jsonl.castlm.json")
-    record.write_text(json.dumps(json.loads(record.read_text()) | edit))
-    with pytest.raises(InputError, match=r"a\.jsonl\.castlm\.json has changed"):
-        written(stopped, sampler_of(), resume=True)
 
 
 @pytest.mark.parametrize("when", ["before", "meanwhile"])

@@ -12,7 +12,7 @@ from castlm.data.documents import open_documents
 from castlm.training.config import TrainConfig
 from castlm.training.train import fill_teacher_cache, train
 from tests.refusals import assert_refused
-from tests.runs import assert_equal_weights, begin_run, small, take_steps
+from tests.runs import assert_equal_weights, small
 from tests.slow import slow
 
 
@@ -68,18 +68,6 @@ def test_the_cache_is_that_of_the_first_epoch_and_a_run_needs_no_teacher(chat_ll
     assert len(lessons) == 2 * num_read
     assert content(tmp_path / "written") == from_sample
     assert_equal_weights(tmp_path / "cached" / "model", tmp_path / "taught" / "model")
-
-
-@pytest.mark.slow
-def test_repeated_sequences_serve_more_than_one_epoch(chat_llama, own, tmp_path, lessons):
-    config = run_on(chat_llama, own, tmp_path, max_steps=300)
-    num_sequences = fill_teacher_cache(config)
-    assert 2 * num_sequences < 300 * 4
-    run = begin_run(config)
-    assert run.objective.teacher is None
-    read = len(lessons)
-    take_steps(run, 2 * num_sequences // 4)
-    assert len(lessons) == read
 
 
 def test_a_stopped_pass_goes_on_with_what_is_missing(chat_llama, tmp_path, lessons, capsys, monkeypatch):

@@ -9,7 +9,6 @@ import signal
 import socket
 import threading
 import time
-import weakref
 from collections.abc import Iterator
 from contextlib import closing
 from multiprocessing.process import BaseProcess
@@ -33,8 +32,6 @@ from castlm_runtime.model import block_bytes
 from castlm_runtime.server import app as app_module
 from castlm_runtime.server import connections
 from castlm_runtime.server.app import make_app
-from castlm_runtime.server.fields import Wanted
-from castlm_runtime.server.reply import Piece, Reply
 from castlm_runtime.server.run import default_name
 from tests.ranks import free_port, start_command, wait_ranks
 from tests.tiny import save_tiny, tiny_model, tiny_tokenizer
@@ -178,13 +175,6 @@ def test_top_k_and_repetition_penalty_are_those_of_generate(loaded, engine):
     assert complete(engine, repetition_penalty=2, repeat_penalty=2).status_code == 400
 
 
-def test_a_seed_decides(engine):
-    body = {"prompt": "Story", "max_tokens": 20, "temperature": 1.5}
-    found = ask(engine, *(("POST", "/v1/completions", body | {"seed": seed}) for seed in (5, 6, 5)))
-    texts = [response.json()["choices"][0]["text"] for response in found]
-    assert texts[0] == texts[2] != texts[1]  # whatever is decoded between
-
-
 def test_stop_texts_end_an_answer_and_are_no_part_of_it(engine):
     text = complete(engine, max_tokens=20).json()["choices"][0]["text"]
     stop = text[5:8]
@@ -242,7 +232,6 @@ BAD = [
     *((GOOD | {field: value}, 400) for field, values in REFUSED.items() for value in values),
 ]
 USER = {"role": "user", "content": "a"}
-USER_PARTS = {"role": "user", "content": [{"type": "text", "text": "a"}]}
 TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 CALL = {"id": "b", "type": "function", "function": {"name": "look", "arguments": "{}"}}
 IMAGE = {"type": "image_url", "image_url": {"url": "file:///etc/passwd"}}
@@ -350,34 +339,6 @@ def test_a_context_that_memory_cannot_hold_is_cut_or_refused(monkeypatch):
     for tokens, context, named in ((1000, 300, "300"), (100, 120, "120"), (3, None, "7 tokens")):
         with pytest.raises(InputError, match=named):
             opened(tokens, context=context)
-
-
-def test_what_a_request_holds_beside_its_text_is_freed_before_the_answer(engine, monkeypatch):
-    """Parsed JSON may take 30 times the memory of its text, and many requests wait."""
-    held: list[list[object]] = []
-    parse = app_module.parse_json
-
-    class Watched(list):  # a list cannot be referenced weakly
-        pass
-
-    references: list[weakref.ref[Watched]] = []
-
-    def parsed(content: bytes, name: str) -> dict[str, object]:
-        body = parse(content, name)
-        body["metadata"] = Watched()
-        references.append(weakref.ref(body["metadata"]))
-        for message in body.get("messages", []):
-            message["content"] = Watched(message["content"])
-            references.append(weakref.ref(message["content"]))
-        return body
-
-    monkeypatch.setattr(app_module, "parse_json", parsed)
-    submit = engine.submit
-    monkeypatch.setattr(engine, "submit", lambda a: (held.append([r() for r in references]), submit(a)))
-    for path, text in (("completions", {"prompt": "a"}), ("chat/completions", {"messages": [USER_PARTS]})):
-        (response,) = ask(engine, ("POST", f"/v1/{path}", text | {"max_tokens": 2}))
-        assert response.status_code == 200
-    assert held == [[None], [None, None, None]]
 
 
 def test_the_queue_and_the_caches_are_bounded(engine, monkeypatch):
@@ -576,30 +537,6 @@ def state_of(process: int) -> str:
         return "Z"
 
 
-@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="limits the memory of another process")
-def test_a_memory_limit_in_an_answer_ends_the_request_that_does_not_fit_alone(tmp_path):
-    save_tiny(tmp_path / "small", max_position_embeddings=8192, intermediate_size=8192)
-    url, process = start_serving(tmp_path)
-    expected = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 20}).json()
-    stream = open_stream(url, 4000)
-    used = int(Path(f"/proc/{process.pid}/statm").read_text().split()[0]) * resource.getpagesize()
-    _, most = resource.prlimit(process.pid, resource.RLIMIT_AS)
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (used + (48 << 20), most))
-    # A pass of 512 tokens takes 100 MB.
-    refused = httpx.post(f"{url}/v1/completions", json={"prompt": "b" * 2000, "max_tokens": 5}, timeout=60)
-    assert refused.status_code == 503
-    assert "memory" in refused.json()["error"]["message"]
-    again = httpx.post(f"{url}/v1/completions", json={"prompt": "a", "temperature": 0, "max_tokens": 20}, timeout=60)
-    assert again.json()["choices"] == expected["choices"]
-    assert b"[DONE]" in rest_of(stream)
-    resource.prlimit(process.pid, resource.RLIMIT_AS, (most, most))
-    fits = httpx.post(f"{url}/v1/completions", json={"prompt": "b" * 2000, "max_tokens": 5}, timeout=60)
-    assert fits.status_code == 200
-    os.kill(process.pid, signal.SIGTERM)
-    assert wait_ranks([process], 30) == [143]
-    assert "Traceback" not in (tmp_path / "log").read_text()
-
-
 def test_a_prompt_that_memory_cannot_hold_ends_alone(engine, monkeypatch):
     expected = complete(engine, prompt="a", max_tokens=40, ignore_eos=True).json()["choices"]
     forward = engine.model.forward
@@ -638,26 +575,6 @@ def test_the_openai_client_is_answered(server):
         client.completions.create(model="large", prompt="Story")
     with pytest.raises(openai.BadRequestError, match="no chat template"):
         client.chat.completions.create(model="small", messages=[{"role": "user", "content": "a"}])
-
-
-def test_pieces_that_wait_leave_the_loop_a_turn_each(engine):
-    """Without one, a connection that has broken is not closed before all pieces are written, with a warning each."""
-
-    async def read() -> list[str]:
-        pieces: asyncio.Queue[Piece] = asyncio.Queue()
-        for text in ("a", "b", "c", ""):
-            pieces.put_nowait(Piece(0, text, 0))
-        found: list[str] = []
-        asyncio.get_running_loop().call_soon(found.append, "closed")
-        answer = Answer([1], 3)
-        answer.reason = "length"
-        reply = Reply([answer], pieces, Wanted(), engine.tokenizer, is_chat=False, model="m", fingerprint="f")
-        async for event in reply.events():
-            if event != "data: [DONE]\n\n":
-                found.append(json.loads(event[6:])["choices"][0]["text"])
-        return found
-
-    assert asyncio.run(read()) == ["closed", "a", "b", "c", ""]
 
 
 def test_a_client_that_goes_away_ends_its_request(server):

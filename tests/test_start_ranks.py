@@ -15,16 +15,14 @@ from castlm.core.shards import whole
 from castlm.distributed.loading import Place
 from castlm.distributed.world import closing, init_world
 from castlm.oneshot import ranks as division
-from castlm.oneshot import refine
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
 from castlm.training import trainer
 from castlm.training.config import TrainConfig
-from tests.faults import train_as_a_command
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, begin_run, flags, small, weights
 from tests.slow import slow
-from tests.tiny import save_tiny, tiny_model, write_gguf
+from tests.tiny import save_tiny
 
 # 40 sequences of 64 tokens: three passes, so that the fourth rank has no text.
 TEXT = {"seq_len": 64, "calibration_sequences": 40, "per_device_train_batch_size": 1}
@@ -39,12 +37,6 @@ def start(config: TrainConfig) -> None:
         masks = {run.names[p]: whole(mask).clone() for p, mask in run.method.masks().items()}
         if world.is_main:
             torch.save([weights, masks, run.start.layer_errors], Path(config.checkpoint.output_dir).parent / "start.pt")
-
-
-def start_by_inverses(config: TrainConfig) -> None:
-    """As `start`, with the systems that ADMM solves on a GPU."""
-    refine.system_of = refine.Inverses
-    start(config)
 
 
 def start_killed(config: TrainConfig, victim: int) -> None:
@@ -111,26 +103,6 @@ def test_a_start_has_the_same_bits_on_1_2_and_4_ranks(family, over, text, tmp_pa
     one, *others = (started(config_of(tmp_path / str(n), model, text, **over), n) for n in (1, 2, 4))
     for other in others:
         assert_same_start(one, other)
-
-
-@pytest.mark.slow
-def test_ranks_that_share_inverses_as_on_gpus_have_the_bits_of_one(llama, text, tmp_path):
-    one, *others = (started(config_of(tmp_path / str(n), llama, text), n, start_by_inverses) for n in (1, 2, 4))
-    for other in others:
-        assert_same_start(one, other)
-    by_eigenvectors = started(config_of(tmp_path / "vectors", llama, text), 1)
-    assert by_eigenvectors[0] != one[0]
-
-
-@pytest.mark.slow
-def test_a_run_from_a_gguf_file_has_the_same_bits_on_1_and_2_ranks(text, tmp_path):
-    model = tmp_path / "tiny.gguf"
-    write_gguf(model, tiny_model("llama"))
-    for ranks in (1, 2):
-        sizes = {"gradient_accumulation_steps": 2 // ranks, "max_steps": 2, "save_dtype": "fp32"}
-        config = config_of(tmp_path / str(ranks), str(model), text, **sizes)
-        run_ranks(train_as_a_command, ranks, config, folder=tmp_path)
-    assert_equal_weights(*(tmp_path / str(ranks) / "run" / "model" for ranks in (1, 2)))
 
 
 def start_counted(config: TrainConfig) -> None:

@@ -13,16 +13,13 @@ from castlm.core.errors import InputError
 from castlm.distributed.world import World
 from castlm.lab.planning.memory import PlannedRun, plan_memory
 from castlm.models.io import load_model
-from castlm.training import model as opening
 from castlm.training import teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
-from tests.ranks import run_ranks
 from tests.refusals import disk_full
 from tests.runs import (
     assert_equal_weights,
-    assert_same_runs_but_for_sums,
     begin_run,
     metrics,
     small,
@@ -129,23 +126,6 @@ def test_memory_of_a_larger_teacher(llama, wider):
     assert other.components["teacher"] == number  # bf16, on two ranks
     assert other.components["gathered weights"] > own.components["gathered weights"]
     assert other.components["weights"] == own.components["weights"]
-
-
-def train_with_a_whole_teacher(config: TrainConfig) -> None:
-    """Trains; the teacher's files cannot be read by rows, as those of GGUF."""
-    original = opening.open_sharded
-    opening.open_sharded = lambda name, **options: None if name == config.teacher.teacher else original(name, **options)
-    train(config)
-
-
-@pytest.mark.slow
-def test_ranks_have_the_teacher_of_one_rank(llama, text, wider, tmp_path):
-    config = run_in(tmp_path, llama, text, wider)
-    train(config)
-    for name, run in (("rows", train), ("whole", train_with_a_whole_teacher)):
-        ranks = config.changed(output_dir=str(tmp_path / name), per_device_train_batch_size=2)
-        run_ranks(run, 2, ranks, folder=tmp_path)
-        assert_same_runs_but_for_sums(tmp_path / "run" / "model", tmp_path / name / "model")
 
 
 # ---- its most probable tokens on disk: a run from them equals the run with the teacher, bit for bit
@@ -296,20 +276,3 @@ def test_what_makes_no_sense_is_refused(config, tmp_path):
     (tmp_path / "mine" / "letter.txt").write_text("dear")
     with pytest.raises(InputError, match="choose another teacher_cache"):
         TeacherCache(str(tmp_path / "mine"), [], {}, World(0, 1, torch.device("cpu"), None))
-
-
-@pytest.mark.slow
-def test_ranks_write_and_read_as_one_rank_does(trained, tmp_path):
-    """Two ranks read what one has written, and one rank reads what two have written."""
-    ranks = in_folder(trained, tmp_path, "ranks", per_device_train_batch_size=2)
-    run_ranks(train, 2, ranks, folder=tmp_path)
-    fresh = ranks.changed(output_dir=str(tmp_path / "fresh"), teacher_cache=str(tmp_path / "cache2"))
-    run_ranks(train, 2, fresh, folder=tmp_path)
-    one = begin_run(in_folder(trained, tmp_path, "one", teacher_cache=fresh.teacher.teacher_cache))
-    assert one.objective.teacher is None
-    losses = []
-    for name in ("run", "ranks", "fresh"):
-        rows = metrics(tmp_path / name)
-        losses.append([row["loss"] for row in rows if "loss" in row])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    assert losses[2] == pytest.approx(losses[0], rel=1e-5)
