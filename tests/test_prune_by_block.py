@@ -133,13 +133,6 @@ def unfinished(llama, tmp_path, text, *options: str) -> Path:
     return tmp_path / "out.partial"
 
 
-def test_overwrite_goes_on_after_a_kill_with_the_same_options(llama, straight, tmp_path, text, capsys):
-    unfinished(llama, tmp_path, text, "--overwrite")
-    capsys.readouterr()
-    assert_equal_weights(straight, prune(llama, text, tmp_path / "out", "--overwrite"))
-    assert "continuing after 1 of 3" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize("damage", [False, slow(True)])
 def test_overwrite_starts_again_with_other_options_or_a_damaged_record(damage, llama, straight, tmp_path, text):
     """Nothing is read of the earlier start, which followed the dense model over more text, in passes of 11 and 10."""

@@ -286,17 +286,6 @@ def test_files_of_others_beside_the_output_or_behind_a_link_stay(name, tmp_path)
         path.unlink()
 
 
-def test_a_changed_part_or_another_setting_is_not_resumed(stopped, tmp_path):
-    with pytest.raises(InputError, match=r"resume.*overwrite"):
-        written(stopped, sampler_of())
-    with pytest.raises(InputError, match=r"sampled differently \(seed 0 -> 1\)"):
-        open_samples(stopped, {"seed": 1}, dedup_prefix=5, resume=True).__enter__()
-    part = tmp_path / "a.jsonl.part"
-    part.write_bytes(b"x" + part.read_bytes()[1:])
-    with pytest.raises(InputError, match=r"a\.jsonl\.part .* has changed"):
-        written(stopped, sampler_of(), resume=True)
-
-
 def test_two_processes_do_not_write_one_file(tmp_path):
     one, other = (open_samples(tmp_path / "a.jsonl", {}, dedup_prefix=0) for _ in range(2))
     with one, pytest.raises(InputError, match="is in use by process"):

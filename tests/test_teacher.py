@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from castlm.core.errors import InputError
 from castlm.distributed.world import World
-from castlm.lab.planning.memory import PlannedRun, plan_memory
 from castlm.models.io import load_model
 from castlm.training import teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
@@ -119,15 +118,6 @@ def test_a_model_that_cannot_teach_is_refused_before_any_weights_are_read(
         train(run_in(tmp_path, llama, text, teacher, hidden_weight=2.0))
 
 
-def test_memory_of_a_larger_teacher(llama, wider):
-    run = PlannedRun(seq_len=32, micro_batch=4, hidden_states=False)
-    own, other = (plan_memory(llama, run, teacher=teacher, world_size=2) for teacher in (None, wider))
-    number = sum(parameter.numel() for parameter in load_model(wider).model.parameters())
-    assert other.components["teacher"] == number  # bf16, on two ranks
-    assert other.components["gathered weights"] > own.components["gathered weights"]
-    assert other.components["weights"] == own.components["weights"]
-
-
 # ---- its most probable tokens on disk: a run from them equals the run with the teacher, bit for bit
 
 
@@ -197,17 +187,6 @@ def test_resumed_run_is_the_straight_run_and_covers_it(begun, tmp_path, lessons)
     assert json.loads(known.read_text()) == {"blocks": 32}
 
 
-def test_a_run_that_goes_on_with_a_new_cache_covers_nothing(begun, tmp_path):
-    train(begun.changed(resume=True, teacher_cache=str(tmp_path / "other")))
-    assert not list((tmp_path / "other").glob("coverage-*.json"))
-
-
-def test_epochs_that_repeat_are_taught_once(config, tmp_path, lessons):
-    (tmp_path / "short.txt").write_text("a few words of a text, \n" * 30)
-    train(config.changed(dataset=str(tmp_path / "short.txt"), eval_fraction=0.3))
-    assert 0 < len(lessons) < 8
-
-
 def test_another_teacher_is_refused(trained, text, tmp_path):
     other = str(save_tiny(tmp_path / "other", "llama", seed=1))
     with pytest.raises(InputError, match=r"another teacher .weights"):
@@ -248,13 +227,6 @@ def test_corrupt_records_are_named(content, trained, tmp_path):
         with pytest.raises(InputError, match=file.name if file is coverage or content[0] != "{" else "teacher"):
             train(in_folder(trained, tmp_path, "two", overwrite=True))
         file.write_text(whole)
-
-
-def test_a_block_is_for_those_who_may_read_the_folder(config, tmp_path):
-    train(config.changed(max_steps=1, ignore_decay_budget=True))
-    block = next((tmp_path / "cache" / "blocks").glob("*/*.safetensors"))
-    assert block.stat().st_mode & 0o666 == block.parent.stat().st_mode & 0o666
-    assert sorted(path.suffix for path in block.parent.iterdir()) == [".safetensors"]
 
 
 def test_a_full_disk_is_told(config, tmp_path, monkeypatch):

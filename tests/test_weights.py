@@ -6,7 +6,6 @@ import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +18,7 @@ from castlm.distributed.loading import open_sharded
 from castlm.export.packed import pack_folder, pattern_of, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
-from castlm.export.verify_report import VerifyReport
-from castlm.models import io, weights
-from castlm.models.io import check_no_kernels, load_config, load_model
+from castlm.models.io import load_config, load_model
 from castlm.models.locate import find
 from castlm.models.weights import loading_only, stored_weights
 from castlm.packed.generate import load_to_generate
@@ -208,35 +205,6 @@ def test_loading_of_another_thread_is_left_alone(whole, tmp_path):
     with pytest.raises(InputError, match="loaded other weights"):
         load()
     assert len(found) == 1
-    assert PreTrainedModel._load_pretrained_model is before
-
-
-def test_two_threads_that_verify_leave_transformers_as_it_was(whole, monkeypatch):
-    """The second comes while the first has its function in the place of transformers' own."""
-    before = PreTrainedModel._load_pretrained_model
-    lock, waits, reports = threading.RLock(), threading.Event(), list[VerifyReport]()
-    second = threading.Thread(target=lambda: reports.append(verify(whole)))
-
-    class Noticed:
-        def __enter__(self) -> None:
-            if threading.current_thread() is second:
-                waits.set()
-            lock.acquire()
-
-        def __exit__(self, *error: object) -> None:
-            lock.release()
-
-    def check(*arguments: Any) -> Any:
-        if threading.current_thread() is not second:
-            second.start()
-            assert waits.wait(10)
-        return check_no_kernels(*arguments)
-
-    monkeypatch.setattr(weights, "_LOADING", Noticed())
-    monkeypatch.setattr(io, "check_no_kernels", check)  # which `verify` calls within
-    reports.append(verify(whole))
-    second.join()
-    assert [report.ok for report in reports] == [True, True]
     assert PreTrainedModel._load_pretrained_model is before
 
 
