@@ -7,7 +7,9 @@ for the processor at hand.
 from __future__ import annotations
 
 import atexit
+import ctypes
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,15 +25,24 @@ MIN_CONTEXT = 512
 """Tokens that a model takes at least, whatever its `seq_len`."""
 
 
-def quantize(source: Path, form: str, file: Path, **options: Any) -> Path:
+def quantize(source: Path, form: str, file: Path, importance: Mapping[str, Tensor] | None = None, **more: Any) -> Path:
     """Rounds a GGUF file to `form`, as llama.cpp's `llama-quantize` does.
 
     Args:
-        options: fields of `llama_model_quantize_params`.
+        importance: for each tensor the mean square of its inputs, fp32 (columns,), as `llama-imatrix` computes it.
+        more: fields of `llama_model_quantize_params`.
     """
     params = llama_cpp.llama_model_quantize_default_params()
-    for name, value in {"ftype": getattr(llama_cpp, FORMATS[form]), **options}.items():
+    for name, value in {"ftype": getattr(llama_cpp, FORMATS[form]), **more}.items():
         setattr(params, name, value)
+    if importance is not None:
+        entry = llama_cpp.llama_model_imatrix_data
+        pointer = ctypes.POINTER(ctypes.c_float)
+        entries = [
+            entry(name.encode(), ctypes.cast(values.data_ptr(), pointer), len(values))
+            for name, values in importance.items()
+        ]
+        params.imatrix = (entry * (len(entries) + 1))(*entries)  # the last one has no name
     if llama_cpp.llama_model_quantize(str(source).encode(), str(file).encode(), params):
         raise RuntimeError(f"llama.cpp could not quantize {source} to {form}")
     return file

@@ -76,8 +76,8 @@ def llama_command(program: str, file: str, threads: int) -> Command:
 
 
 @contextlib.contextmanager
-def served(command: Command, env: Mapping[str, str] | None = None) -> Iterator[tuple[int, int]]:
-    """Starts a server; yields its port and process id."""
+def served(command: Command, env: Mapping[str, str] | None = None, ready: str = "/health") -> Iterator[tuple[int, int]]:
+    """Starts a server; yields its port and process id once the path `ready` is answered."""
     with socket.create_server(("localhost", 0)) as found:
         port = int(found.getsockname()[1])
     process = subprocess.Popen(command(port), stdout=subprocess.DEVNULL, env=env)
@@ -85,7 +85,7 @@ def served(command: Command, env: Mapping[str, str] | None = None) -> Iterator[t
         while True:
             assert process.poll() is None, "the server has ended"
             with contextlib.suppress(OSError):
-                if status(port, "/health") == 200:
+                if status(port, ready) == 200:
                     break
             time.sleep(0.2)
         yield port, process.pid
