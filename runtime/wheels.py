@@ -1,8 +1,8 @@
 """Builds the wheels of castlm-runtime: python runtime/wheels.py [--output-dir dist] [--targets x86_64 aarch64].
 
-The wheel of this processor is compiled by g++, that of another one by zig (`pip install ziglang`), which has the
-headers of every glibc. libstdc++ is linked in. The tag of a wheel is the oldest glibc that its library needs, read from
-the versions of the symbols in it.
+The wheel of this processor is compiled by g++, another one by zig (`pip install ziglang`), which has the headers of
+every glibc and of macOS. The C++ library is linked in. The tag of a wheel of Linux is the oldest glibc that its library
+needs, read from the versions of the symbols in it. The target `macos`, for Apple's processors, was never run.
 """
 
 from __future__ import annotations
@@ -19,14 +19,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
 FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-pthread", "-fPIC"]
-ZIG_GLIBC = "2.17"
+ZIG_TARGETS = {
+    "x86_64": "x86_64-linux-gnu.2.17",
+    "aarch64": "aarch64-linux-gnu.2.17",
+    "macos": "aarch64-macos.11.0",
+}
 
 
 def compiler(target: str) -> list[str]:
     """The command that compiles C++ for a processor."""
     if target == platform.machine():
         return ["g++", "-static-libstdc++", "-static-libgcc"]
-    return [sys.executable, "-m", "ziglang", "c++", "-target", f"{target}-linux-gnu.{ZIG_GLIBC}"]
+    return [sys.executable, "-m", "ziglang", "c++", "-target", ZIG_TARGETS[target]]
 
 
 def build_library(target: str, folder: Path) -> Path:
@@ -47,6 +51,8 @@ def build_library(target: str, folder: Path) -> Path:
 
 def platform_tag(library: Path, target: str) -> str:
     """The tag of the wheel of a library, such as manylinux_2_34_x86_64."""
+    if target == "macos":
+        return "macosx_11_0_arm64"
     versions = {(int(a), int(b)) for a, b in re.findall(rb"GLIBC_(\d+)\.(\d+)", library.read_bytes())}
     major, minor = max({*versions, (2, 17)})
     return f"manylinux_{major}_{minor}_{target}"
@@ -63,7 +69,7 @@ def build_wheel(target: str, to: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python runtime/wheels.py")
     parser.add_argument("--output-dir", type=Path, default=Path("dist"))
-    parser.add_argument("--targets", nargs="+", default=["x86_64", "aarch64"], choices=["x86_64", "aarch64"])
+    parser.add_argument("--targets", nargs="+", default=["x86_64", "aarch64"], choices=[*ZIG_TARGETS])
     options = parser.parse_args()
     for target in options.targets:
         build_wheel(target, options.output_dir)

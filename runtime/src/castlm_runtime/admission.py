@@ -114,7 +114,7 @@ class Line(Generic[Item]):
         self._served[item] = self._waiting.pop(item)
 
     def leave(self, item: Item) -> None:
-        """An item is finished or does not wait any longer; nothing of one that has left."""
+        """Removes an item that is finished or waits no longer; does nothing if it has left."""
         self._waiting.pop(item, None)
         self._served.pop(item, None)
 

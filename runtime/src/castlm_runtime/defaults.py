@@ -27,7 +27,7 @@ class Defaults:
 
     @classmethod
     def open(cls, folder: str | Path) -> Defaults:
-        """Those of a folder: from generation_config.json, or config.json where there is none."""
+        """Reads generation_config.json of a folder, or config.json where there is none."""
         folder = Path(folder)
         name = "generation_config.json"
         found = read_json_object(folder / (name if (folder / name).is_file() else "config.json"))
@@ -35,7 +35,7 @@ class Defaults:
 
     @classmethod
     def of(cls, config: dict[str, object]) -> Defaults:
-        """Those of the content of generation_config.json. Raises `InputError` where a value makes no sense."""
+        """Reads the content of generation_config.json. Raises `InputError` where a value makes no sense."""
         ends, stop = config.get("eos_token_id"), config.get("stop_strings") or ()
         try:
             return cls(

@@ -249,7 +249,7 @@ class Answer:
             self.finish(reason)
 
     def reason_after(self, token: int, ends: Collection[int]) -> str | None:
-        """Why the answer ends with `token`, its next one; None if it goes on. `ends` are tokens that end a text."""
+        """Why the answer ends with its next token, `token`; None if it continues. `ends` are tokens that end a text."""
         if token in self.stop_tokens or (token in ends and not self.ignores_end):
             return "stop"
         return "length" if len(self.tokens) + 1 == self.max_new_tokens else None
@@ -335,7 +335,7 @@ class Engine:
         return self.batch.blocks.num_used / self.batch.blocks.num_blocks
 
     def cancel(self, answer: Answer) -> None:
-        """Ends a request at the next token; nothing of one that has ended."""
+        """Ends a request at the next token, unless it has ended."""
         answer.is_cancelled = True
         with self._changed:
             if answer in self._line.waiting():
@@ -462,8 +462,8 @@ class Engine:
         return count
 
     def _read(self, answers: list[Answer]) -> list[Running]:
-        """A pass for `answers`. Where memory is short, the one that reads most ends and leaves the list, and the others
-        go on; of equals it is the one that is due last.
+        """Runs a pass for `answers`. Where memory is short, the answer that reads most ends and leaves the list, among
+        equals the one that is due last; the others continue.
         """
         while answers:
             try:

@@ -40,7 +40,7 @@ BLOCK = 64
 """Positions of a block of the cache (`kBlockTokens` of engine.h)."""
 
 CACHE_KINDS = ("bf16", "int8", "fp32")
-"""What the cache keeps of keys and values."""
+"""The formats in which a cache keeps keys and values."""
 
 _ALIGNMENT = 64
 _FLOATS = ("F32", "F16", "BF16")

@@ -178,7 +178,7 @@ class Chosen:
     best: Ints
 
     def logprob(self, row: int, num_best: int) -> Logprob:
-        """That of the token of a row, and of the `num_best` most probable ones."""
+        """The log probability of the token of a row, and those of the `num_best` most probable tokens."""
         value, *best = self.logprobs[row, : 1 + num_best].tolist()
         return Logprob(self.tokens[row], value, tuple(zip(self.best[row, :num_best].tolist(), best)))
 

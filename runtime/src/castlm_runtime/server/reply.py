@@ -48,7 +48,7 @@ class _Choice:
         self._num_called = self._num_scored = self._offset = 0
 
     def take(self, text: str, is_last: bool) -> str:
-        """What is said with a new text: calls of tools are not."""
+        """The part of a new text that is content, and no call of a tool."""
         return self._reader.put(text, is_last) if self._reader is not None else text
 
     def new_calls(self) -> list[tuple[int, dict[str, Any]]]:

@@ -40,14 +40,14 @@ class Call:
 
 
 class CallReader:
-    """Divides text as it comes into what is said and what is called; text between marks that is no call is said."""
+    """Divides text as it comes into content and calls; text between marks that is no call is content."""
 
     def __init__(self) -> None:
         self.calls: list[Call] = []
         self._held = ""
 
     def put(self, text: str, is_last: bool = False) -> str:
-        """Adds text; returns what is said and can be no part of a call. Calls join `calls`.
+        """Adds text; returns the content that can be no part of a call. Calls join `calls`.
 
         Args:
             is_last: no further text comes.
