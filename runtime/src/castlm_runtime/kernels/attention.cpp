@@ -21,6 +21,7 @@ constexpr int kLanes = 4, kRegisters = 16, kTileRows = 6, kVectors = 2;
 #endif
 
 INLINE Vector all(float value) { return Vector{value, value, value, value}; }
+INLINE void add_product(Vector& sum, Vector a, Vector b) { sum += a * b; }
 
 #include "vectors.h"
 #include "prompt_floats.h"
@@ -47,15 +48,15 @@ typedef int32_t Integers __attribute__((vector_size(32)));
 constexpr int kLanes = 8, kRegisters = 16, kTileRows = 6, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm256_set1_ps(value); }
+// In assembly: of an FMA in C++, GCC 12 moves sums between registers and spills some of them.
+INLINE void add_product(Vector& sum, Vector a, Vector b) { asm("vfmadd231ps %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b)); }
 
 #include "vectors.h"
 #include "prompt_floats.h"
 #include "token_attention.h"
 #include "prompt_attention.h"
 
-Attention attention(CacheKind kind) {
-  return {kind == kCacheBFloat16 ? attend_part_of<2> : kind == kCacheInt8 ? attend_part_of<4> : attend_part_of<1>, attend_to_prompt};
-}
+Attention attention() { return {attend_part_of<1>, attend_to_prompt}; }  // others: attention_words.cpp
 
 }  // namespace
 }  // namespace wide
@@ -73,6 +74,7 @@ typedef int32_t Integers __attribute__((vector_size(64)));
 constexpr int kLanes = 16, kRegisters = 32, kTileRows = 8, kVectors = 2;
 
 INLINE Vector all(float value) { return _mm512_set1_ps(value); }
+INLINE void add_product(Vector& sum, Vector a, Vector b) { sum += a * b; }
 
 #include "vectors.h"
 #include "prompt_floats.h"
@@ -100,7 +102,7 @@ Attention attention_of(CacheKind kind) {
     if (has_bf16_attention() && kind == kCacheBFloat16) found.part = bf16_attention().part;
     return found;
   }
-  if (level() >= kAvx2) return wide::attention(kind);
+  if (level() >= kAvx2) return kind == kCacheFloat32 ? wide::attention() : attention_by_words(kind);
 #endif
   return narrow::attention(kind);
 }

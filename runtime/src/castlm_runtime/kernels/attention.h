@@ -41,6 +41,7 @@ Attention attention_of(CacheKind kind);  // of the level in use
 bool has_bf16_attention();
 Attention bf16_attention();
 void attend_part_of_int8(const Part& part);  // by products of bytes, with AVX-512
+Attention attention_by_words(CacheKind kind);       // by products of 16 bits, with AVX2: of bf16 or int8
 
 // Sums of parts of one head to its output (width,).
 INLINE void combine_parts(const float* parts, int64_t count, int64_t stride, int64_t width, float* to) {

@@ -70,7 +70,7 @@ INLINE Vector power_of_two(Vector x) {
 }
 
 // The weights of scores of two keys as a factor of each lane, which are added to the totals.
-INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
+INLINE Factors weights_of(const float* scores, Units, Vector largest, Vector& totals) {
   const Vector first = _mm512_load_ps(scores), second = _mm512_load_ps(scores + kVectors * kLanes);
   const Factors weights = factors_of(short_power_of_two(first - largest), short_power_of_two(second - largest));
   add_products(totals, _mm512_set1_epi32(0x3f803f80), weights);  // times 1
@@ -84,10 +84,11 @@ INLINE __m512 number(__m512i words, int j) {  // byte j of each word
 // The keys (width / 2, 64) and values (32, width) of a block as factors: where they are, or of int8 in `room`.
 struct Brought {
   const Factor *keys, *values;
+  Units units;
 };
 Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
   const uint8_t* const at = of.at(t);
-  if (of.kind == kCacheBFloat16) return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes)};
+  if (of.kind == kCacheBFloat16) return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes), {}};
   const uint8_t* const values = at + of.half_bytes;
   const auto* const scales = reinterpret_cast<const float*>(values + of.half_bytes);
   Factor* const to_values = room + kBlockTokens / 2 * of.width;
@@ -106,7 +107,7 @@ Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
         _mm512_storeu_si512(to_values + (k + j) / 2 * of.width + i, factors_of(number(words, j) * scale[0], number(words, j + 1) * scale[1]));
       }
     }
-  return {room, to_values};
+  return {room, to_values, {}};
 }
 
 #include "prompt_attention.h"

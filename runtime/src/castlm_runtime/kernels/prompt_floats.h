@@ -61,7 +61,7 @@ INLINE Vector power_of_two(Vector x) {
 }
 
 // The weights of scores as a factor of each lane, which are added to the totals.
-INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
+INLINE Factors weights_of(const float* scores, Units, Vector largest, Vector& totals) {
   const Vector weights = power_of_two(load_factors(scores) - largest);
   totals += weights;
   return weights;
@@ -70,6 +70,7 @@ INLINE Factors weights_of(const float* scores, Vector largest, Vector& totals) {
 // The keys (width, 64) and values (64, width) of a block as factors: where they are, or in `room`.
 struct Brought {
   const Factor *keys, *values;
+  Units units;
 };
 template <int N>
 INLINE Brought bring_words(const uint8_t* at, int64_t half_bytes, int64_t width, Factor* room) {
@@ -89,11 +90,11 @@ INLINE Brought bring_words(const uint8_t* at, int64_t half_bytes, int64_t width,
         const Vector numbers = number_of<N>(load_words(values + t * width + i), j);
         store(to_values + (t * N + j) * width + i, N == 4 ? numbers * all(scales[kBlockTokens + t * N + j]) : numbers);
       }
-  return {room, to_values};
+  return {room, to_values, {}};
 }
 INLINE Brought bring(const HeadBlocks& of, int64_t t, Factor* room) {
   const uint8_t* const at = of.at(t);
   if (of.kind == kCacheBFloat16) return bring_words<2>(at, of.half_bytes, of.width, room);
   if (of.kind == kCacheInt8) return bring_words<4>(at, of.half_bytes, of.width, room);
-  return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes)};
+  return {reinterpret_cast<const Factor*>(at), reinterpret_cast<const Factor*>(at + of.half_bytes), {}};
 }

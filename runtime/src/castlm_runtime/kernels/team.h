@@ -89,9 +89,10 @@ class Walkers {
  private:
   struct Stopped {};
   const int64_t size_, spins_;
-  std::atomic<int64_t> arrived_{0};
-  std::atomic<uint32_t> round_{0};
-  std::atomic<bool> failed_{false};
+  // Each in a cache line of its own: a thread that arrives does not take away the line that others wait on.
+  alignas(64) std::atomic<int64_t> arrived_{0};
+  alignas(64) std::atomic<uint32_t> round_{0};
+  alignas(64) std::atomic<bool> failed_{false};
   std::exception_ptr error_;
 };
 

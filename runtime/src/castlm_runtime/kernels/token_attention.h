@@ -4,44 +4,52 @@
 // 64 positions at a time: scores of up to four query heads, whose lanes are positions, then weights, then sums of the
 // values, whose lanes are dimensions. A word of keys or of values has the N numbers of 32 bits that cache.h describes.
 
-constexpr int kAtOnce = kRegisters >= 32 ? 4 : 2;  // vectors of positions or dimensions
+// Vectors of positions or dimensions: with G heads as many sums as registers hold beside a number and a factor of each head.
+template <int G>
+constexpr int vectors_at_once() { return kRegisters >= 32 || G < 4 ? 4 : 2; }
+
+// Asks for words of the block that is read next: it lies elsewhere. In the second level: the first holds the block that is read.
+INLINE void prefetch(const uint32_t* words, int64_t count) {
+  for (int64_t i = 0; i < count; i += 16) __builtin_prefetch(words + i, 0, 2);
+}
 
 // The scores of all positions of a block.
 template <int G, int N>
-INLINE void scores_of_block(const float* queries, const uint32_t* keys, int64_t width, float (*scores)[kBlockTokens]) {
-  for (int64_t t = 0; t < kBlockTokens; t += kAtOnce * kLanes) {
-    Vector sums[G][kAtOnce];
+INLINE void scores_of_block(const float* queries, const uint32_t* keys, const uint32_t* next, int64_t width, float (*scores)[kBlockTokens]) {
+  constexpr int V = vectors_at_once<G>();
+  for (int64_t t = 0; t < kBlockTokens; t += V * kLanes) {
+    Vector sums[G][V];
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 4
-      for (int v = 0; v < kAtOnce; ++v) sums[g][v] = all(0.0f);
+      for (int v = 0; v < V; ++v) sums[g][v] = all(0.0f);
     for (int64_t i = 0; i < width / N; ++i) {
-      Integers words[kAtOnce];
-#pragma GCC unroll 4
-      for (int v = 0; v < kAtOnce; ++v) words[v] = load_words(keys + i * kBlockTokens + t + v * kLanes);
+      const uint32_t* words = keys + i * kBlockTokens + t;
+      prefetch(next + i * kBlockTokens + t, V * kLanes);
 #pragma GCC unroll 4
       for (int j = 0; j < N; ++j) {
-        Vector numbers[kAtOnce];
+        Vector factors[G];
 #pragma GCC unroll 4
-        for (int v = 0; v < kAtOnce; ++v) numbers[v] = number_of<N>(words[v], j);
+        for (int g = 0; g < G; ++g) factors[g] = all(queries[g * width + i * N + j]);
+        asm("" : "+r"(words));  // the words are loaded for each number, since no registers are left for them
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) {
-          const Vector query = all(queries[g * width + i * N + j]);
+        for (int v = 0; v < V; ++v) {
+          const Vector numbers = number_of<N>(load_words(words + v * kLanes), j);
 #pragma GCC unroll 4
-          for (int v = 0; v < kAtOnce; ++v) sums[g][v] += query * numbers[v];
+          for (int g = 0; g < G; ++g) add_product(sums[g][v], factors[g], numbers);
         }
       }
     }
 #pragma GCC unroll 4
     for (int g = 0; g < G; ++g)
 #pragma GCC unroll 4
-      for (int v = 0; v < kAtOnce; ++v) store(scores[g] + t + v * kLanes, sums[g][v]);
+      for (int v = 0; v < V; ++v) store(scores[g] + t + v * kLanes, sums[g][v]);
   }
 }
 
 // Adds the weighted values of positions [begin, end) of a block to V vectors of columns; the weights of other positions are 0.
 template <int G, int N, int V>
-INLINE void add_columns_of(const float (*weights)[kBlockTokens], const uint32_t* values, int64_t begin, int64_t end, int64_t width,
+INLINE void add_columns_of(const float (*weights)[kBlockTokens], const uint32_t* values, const uint32_t* next, int64_t begin, int64_t end, int64_t width,
                            int64_t stride, float* to) {
   Vector sums[G][V];
 #pragma GCC unroll 4
@@ -49,17 +57,21 @@ INLINE void add_columns_of(const float (*weights)[kBlockTokens], const uint32_t*
 #pragma GCC unroll 4
     for (int v = 0; v < V; ++v) sums[g][v] = load(to + g * stride + v * kLanes);
   for (int64_t t = begin / N; t * N < end; ++t) {
-    Integers words[V];
+    const uint32_t* words = values + t * width;
+    prefetch(next + t * width, V * kLanes);
 #pragma GCC unroll 4
-    for (int v = 0; v < V; ++v) words[v] = load_words(values + t * width + v * kLanes);
+    for (int j = 0; j < N; ++j) {
+      Vector factors[G];
 #pragma GCC unroll 4
-    for (int j = 0; j < N; ++j)
+      for (int g = 0; g < G; ++g) factors[g] = all(weights[g][t * N + j]);
+      asm("" : "+r"(words));
 #pragma GCC unroll 4
       for (int v = 0; v < V; ++v) {
-        const Vector numbers = number_of<N>(words[v], j);
+        const Vector numbers = number_of<N>(load_words(words + v * kLanes), j);
 #pragma GCC unroll 4
-        for (int g = 0; g < G; ++g) sums[g][v] += all(weights[g][t * N + j]) * numbers;
+        for (int g = 0; g < G; ++g) add_product(sums[g][v], factors[g], numbers);
       }
+    }
   }
 #pragma GCC unroll 4
   for (int g = 0; g < G; ++g)
@@ -68,12 +80,13 @@ INLINE void add_columns_of(const float (*weights)[kBlockTokens], const uint32_t*
 }
 
 template <int G, int N>
-INLINE void add_values(const float (*weights)[kBlockTokens], const uint32_t* values, int64_t begin, int64_t end, int64_t width,
+INLINE void add_values(const float (*weights)[kBlockTokens], const uint32_t* values, const uint32_t* next, int64_t begin, int64_t end, int64_t width,
                        int64_t stride, float* to) {
+  constexpr int V = vectors_at_once<G>();
   int64_t i = 0;
-  for (; i + kAtOnce * kLanes <= width; i += kAtOnce * kLanes)
-    add_columns_of<G, N, kAtOnce>(weights, values + i, begin, end, width, stride, to + i);
-  for (; i < width; i += kLanes) add_columns_of<G, N, 1>(weights, values + i, begin, end, width, stride, to + i);
+  for (; i + V * kLanes <= width; i += V * kLanes)
+    add_columns_of<G, N, V>(weights, values + i, next + i, begin, end, width, stride, to + i);
+  for (; i < width; i += kLanes) add_columns_of<G, N, 1>(weights, values + i, next + i, begin, end, width, stride, to + i);
 }
 
 INLINE float largest_of(Vector v) {
@@ -129,14 +142,15 @@ void attend_part(const Part& part, int64_t head) {
   std::fill_n(largest, G, -3e38f);
   std::fill_n(to, G * stride, 0.0f);
   for (int64_t t = part.first / kBlockTokens * kBlockTokens; t < part.last; t += kBlockTokens) {
-    const uint8_t *const keys = of.at(t), *const values = keys + of.half_bytes;
-    const auto* const scales = reinterpret_cast<const float*>(values + of.half_bytes);
+    const auto *const keys = reinterpret_cast<const uint32_t*>(of.at(t)), *const values = keys + of.half_bytes / 4;
+    const auto* const next = reinterpret_cast<const uint32_t*>(t + kBlockTokens < part.last ? of.at(t + kBlockTokens) : part.next);
+    const auto* const scales = reinterpret_cast<const float*>(values + of.half_bytes / 4);
     const int64_t begin = std::max<int64_t>(0, part.first - t), end = std::min(kBlockTokens, part.last - t);
     alignas(64) float weights[G][kBlockTokens];
-    scores_of_block<G, N>(part.queries + head * of.width, reinterpret_cast<const uint32_t*>(keys), of.width, weights);
+    scores_of_block<G, N>(part.queries + head * of.width, keys, next, of.width, weights);
     for (int g = 0; g < G; ++g)
       weights_of_block<N>(weights[g], begin, end, scales, largest[g], total[g], to + g * stride, of.width);
-    add_values<G, N>(weights, reinterpret_cast<const uint32_t*>(values), begin, end, of.width, stride, to);
+    add_values<G, N>(weights, values, next + of.half_bytes / 4, begin, end, of.width, stride, to);
   }
   for (int g = 0; g < G; ++g) to[g * stride + of.width] = largest[g], to[g * stride + of.width + 1] = total[g];
 }
