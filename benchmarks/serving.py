@@ -102,7 +102,7 @@ def post(port: int, body: bytes) -> tuple[int, dict[str, Any]]:
     """The status and the JSON of the answer to a completion."""
     connection = http.client.HTTPConnection("localhost", port, timeout=600)
     try:
-        connection.request("POST", "/v1/completions", body)
+        connection.request("POST", "/v1/completions", body, {"Content-Type": "application/json"})
         response = connection.getresponse()
         return response.status, json.loads(response.read())
     finally:
@@ -242,7 +242,8 @@ def load(port: int, pid: int, minutes: float, tokens: int) -> dict[str, Any]:
             elif turn % 4 == 0:  # goes away in the middle
                 with socket.create_connection(("localhost", port)) as connection:
                     body = good(tokens)
-                    head = f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n"
+                    head = "POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+                    head += f"Content-Length: {len(body)}\r\n\r\n"
                     connection.sendall(head.encode() + body)
                     time.sleep(0.2)
                 statuses["gone"] += 1
@@ -264,6 +265,8 @@ def load(port: int, pid: int, minutes: float, tokens: int) -> dict[str, Any]:
         )
     for thread in threads:
         thread.join()
+    if refused := [status for status in statuses if status.startswith("good") and status != "good 200"]:
+        sys.exit(f"good requests were answered by {', '.join(refused)} in place of 200")
     return {"minutes": minutes, "answers": dict(sorted(statuses.items())), "memory_mib": memory}
 
 
