@@ -123,7 +123,7 @@ def measure_here(cases: Sequence[dict[str, Any]], folder: str) -> None:
     """Measures in the child process and prints the result as JSON."""
     import torch
 
-    from castlm.distributed.world import init_world
+    from castlm.world import init_world
 
     torch.set_num_threads(1)
     world = init_world("cpu", "full")

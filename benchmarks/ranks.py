@@ -36,10 +36,10 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.machine import machine, write_json
 from castlm.distributed import export
-from castlm.distributed.world import World
 from castlm.training.config import TrainConfig
 from castlm.training.finish import sharded_result
 from castlm.training.trainer import Trainer
+from castlm.world import World
 
 KIB = 2**10
 PHASES = ("opening", "step", "checkpoint", "result")

@@ -27,12 +27,12 @@ from torch import nn
 
 from benchmarks.machine import machine, write_json
 from benchmarks.texts import write_texts
-from castlm.distributed.world import init_world
 from castlm.hardware import autocast, keep_freed_memory, peak_memory
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.options import TeacherOptions
 from castlm.training.trainer import Trainer
+from castlm.world import init_world
 
 
 def bare_step(student, teacher, optimizer, batches, precision, eta):

@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from castlm.cli.main import main
-from castlm.distributed.world import World, init_world
 from castlm.training.checkpoint import checkpoint_steps
 from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective
 from castlm.training.train import train
 from castlm.training.trainer import Trainer
+from castlm.world import World, init_world
 
 SMALL: dict[str, Any] = {
     "max_steps": 8,
@@ -191,7 +191,10 @@ RUN = {
     "train_tokens": 512,
     "train_steps": 2,
     "train_seconds": 1.5,
-    "start": {"basis": {"changes": [], "notes": ["a"]}, "layer_errors": {"a.b": None, "c": 0.5}},
+    "start": {
+        "basis": {"changes": [], "notes": ["a"], "moved": 0.1, "seconds": 2.0},
+        "layer_errors": {"a.b": None, "c": 0.5},
+    },
     "world_size": 1,
     "machine": "x86_64 cpu",
     "verdict": {"ok": False, "reason": "the perplexity is inf", "problem": "DIVERGED", "remedy": "less"},

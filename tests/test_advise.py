@@ -35,7 +35,7 @@ from castlm.lab.advice.cpu import (
     time_layer,
 )
 from castlm.lab.advice.gpu import advise_on_gpu
-from castlm.lab.advice.recipes import Limits, Recipe, choose, parse_option
+from castlm.lab.advice.recipes import Recipe, choose, parse_option
 from castlm.lab.planning.fit import fit_law
 from castlm.lab.planning.points import Point
 from castlm_runtime.formats import FORMATS
@@ -306,7 +306,7 @@ def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perpl
     ]
 
     def best(**limits):
-        return choose(smollm2, Limits(**limits), among=found).best
+        return choose(smollm2, **limits, among=found).best
 
     assert best(megabytes=200) is int8
     assert best(megabytes=100) is int4
@@ -320,7 +320,7 @@ def test_the_best_recipe_is_that_of_least_perplexity_or_the_smallest_where_perpl
 
 def test_a_pattern_that_divides_few_widths_is_no_recipe(tmp_path):
     shapes = shapes_of(str(save_tiny(tmp_path / "m", "llama")))  # widths of 32 and 64
-    choice = choose(shapes, Limits(megabytes=1), among=[Recipe(Option("int4", 32, 64, "int8"), 1.1), INT8])
+    choice = choose(shapes, megabytes=1, among=[Recipe(Option("int4", 32, 64, "int8"), 1.1), INT8])
     assert [recipe for recipe, *_ in choice.candidates] == [INT8]
 
 

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save
 from torch import Tensor
 
 from castlm.core.errors import InputError
-from castlm.distributed.world import World
 from castlm.training import checkpoint as module
 from castlm.training.checkpoint import Saver, _checksum, checkpoint_steps, load_checkpoint, read_manifest
+from castlm.world import World
 from tests.refusals import refusal
 
 ALONE = World(0, 1, torch.device("cpu"), None)

@@ -28,7 +28,6 @@ from castlm.lab.compare.rows import behind, summarize
 from castlm.lab.compare.runs import (
     CASTLM,
     ComparedRun,
-    Failure,
     Result,
     content_hash,
     refuse_running,
@@ -326,7 +325,7 @@ def fake(variant: str, budget: int, seed: int, ppl: float, trial: bool = False, 
     key = "trained" if variant == "dense" else "pruned"
     perplexity = Perplexities(**{key: ppl}, before_prune=ppl)
     facts = Facts(pattern="2:4", left_dense={}, perplexity=perplexity, train_seconds=2.0)
-    return Result(run, facts, Path("."), trial)
+    return Result(run, Path("."), facts, trial=trial)
 
 
 def fakes(variant: str, *ppls: float, budget: int = 100) -> list[Result]:
@@ -340,7 +339,7 @@ def test_gap_is_paired_by_budget_and_seed():
     results += [fake("cast", 100, 0, 7.0), fake("cast", 100, 1, 7.5), fake("cast", 200, 0, 5.0)]
     results += [fake("cast", 100, 0, 99.0, trial=True), fake("magnitude", 0, 0, 50.0), fake("wanda", 0, 1, 40.0)]
     results += [fake("cast", 200, 1, 0.0)]
-    results[-1].outcome = Failure("it crashed")
+    results[-1].facts, results[-1].failure = Facts(pattern=None, left_dense={}), InputError("it crashed")
     rows = {(row.variant, row.tokens): row for row in summarize(results)}
     gaps = [math.log(7.0 / 5.0), math.log(7.5 / 6.0)]
     assert rows["cast", 100].gap.mean == pytest.approx(statistics.fmean(gaps))
@@ -355,8 +354,8 @@ def test_gap_is_paired_by_budget_and_seed():
 def test_a_row_has_the_tokens_that_its_masks_were_chosen_by():
     one_shot, trained = fake("wanda", 0, 0, 40.0), fake("cast", 100, 0, 7.0)
     drawn = DrawnText("train.txt", "0", seed=0, num_sequences=8, seq_len=2048, tokens_sha256="0", precision="bf16")
-    one_shot.outcome = dataclasses.replace(one_shot.facts, calibration=drawn)
-    trained.outcome = dataclasses.replace(trained.facts, start=Start(calibration_tokens=4096))
+    one_shot.facts = dataclasses.replace(one_shot.facts, calibration=drawn)
+    trained.facts = dataclasses.replace(trained.facts, start=Start(calibration_tokens=4096))
     table = Report("?", [one_shot, trained, fake("dense", 100, 0, 5.0)], "castlm compare", {})
     assert table.table(["variant", "calibration, tokens"]) == [["wanda", "16,384"], ["cast", "4,096"], ["dense", ""]]
 
@@ -505,7 +504,7 @@ def test_the_text_that_chooses_rates_is_not_the_evaluation_text(files, tmp_path)
 def test_the_control_is_the_dense_variant_of_that_name_and_none_that_diverged():
     results = [fake("ste", 64, 0, 8.0), fake("ste", 64, 1, 8.0), fake("dense", 64, 0, 4.0), fake("dense", 64, 1, 1e9)]
     facts = results[-1].facts
-    results[-1].outcome = dataclasses.replace(facts, verdict=Verdict(ok=False, reason="it diverged"))
+    results[-1].facts = dataclasses.replace(facts, verdict=Verdict(ok=False, reason="it diverged"))
     for result in (fake("dense", 64, 0, 2.0), fake("dense", 64, 1, 2.0)):
         results.append(dataclasses.replace(result, run=dataclasses.replace(result.run, variant="other")))
     rows = {row.variant: row for row in summarize(results)}

@@ -21,7 +21,7 @@ from castlm.cli.train import parse_train
 from castlm.core.decay import DECAYS
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.fields import number, positional
+from castlm.fields import option, positional
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.methods.base import Retraining, class_of
 from castlm.methods.table import METHODS
@@ -327,10 +327,10 @@ def test_help_of_train_fits_on_two_screens_and_needs_no_torch():
     assert "  --config " in essential
     for title in set(TrainConfig.sections()) - {"adapter"}:
         assert f"\n{title}:" in short
-    assert not [option for option in ("--adapter", "--lora-r") if option in long]  # of castlm finetune
-    for option in (name.replace("_", "-") for name in OPTIONS if name not in ("adapter", "lora_r")):
-        assert f"--{option}" in short or f"--no-{option}" in short
-        assert f"  --{option}" in long or f"  --no-{option}" in long
+    assert not [name for name in ("--adapter", "--lora-r") if name in long]  # of castlm finetune
+    for name in (name.replace("_", "-") for name in OPTIONS if name not in ("adapter", "lora_r")):
+        assert f"--{name}" in short or f"--no-{name}" in short
+        assert f"  --{name}" in long or f"  --no-{name}" in long
     for clumsy in ("{None}", "None", "0.6666", "--no-no", "MISSING"):
         assert clumsy not in long
 
@@ -399,7 +399,7 @@ class Options:
     """Try things."""
 
     path: str = positional(help="Where.")
-    size: int = number(3, at_least=1, help="How large.")
+    size: int = option(3, at_least=1, help="How large.")
 
     ratio: float | None = None
     mode: Literal["a", "b"] = "a"

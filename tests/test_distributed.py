@@ -30,11 +30,10 @@ from castlm.core.shards import local, whole
 from castlm.core.sparsify import sparse_linears, sparse_param_groups, weight_parameter
 from castlm.data.packing import BatchLoader
 from castlm.distributed import export
-from castlm.distributed.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
-from castlm.distributed.world import World, close_world, closing, init_world, interface_to
 from castlm.export.verify import verify
 from castlm.models.io import load_model
+from castlm.models.loading import fingerprint, load_rows_, materialize_, open_sharded
 from castlm.signals import Interrupt, stopped_by_sigterm
 from castlm.training import checkpoint, finish, start
 from castlm.training import model as opening
@@ -43,6 +42,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.objective import Objective, as_teacher_, pruned
 from castlm.training.train import train
 from castlm.training.trainer import Trainer
+from castlm.world import World, close_world, closing, init_world, interface_to
 from tests.faults import (
     Ground,
     check_hang,
@@ -220,7 +220,7 @@ def test_experts_in_a_list_get_their_own_gradients(tmp_path):
 def test_after_an_exception_the_group_of_gpus_is_not_destroyed(device, monkeypatch):
     """Destroying it waits for ranks that may wait for this one."""
     left = []
-    monkeypatch.setattr("castlm.distributed.world.close_world", left.append)
+    monkeypatch.setattr("castlm.world.close_world", left.append)
     world = World(0, 2, torch.device(device), None)
     with closing(world) as same:
         assert same is world

@@ -14,13 +14,13 @@ from castlm.core.errors import InputError
 from castlm.data.documents import open_documents
 from castlm.data.scored import ScoredText, scored_sequences
 from castlm.data.tokens import Encoder, token_ids
-from castlm.distributed.world import World
 from castlm.evaluation.answers import ask
 from castlm.evaluation.perplexity import evaluate_text, perplexity
 from castlm.facts import Facts
 from castlm.models.io import load_model
 from castlm.training.metrics import sequences
 from castlm.training.train import train
+from castlm.world import World
 from tests.refusals import refusal, refused
 from tests.runs import small
 from tests.slow import slow

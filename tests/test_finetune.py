@@ -15,9 +15,9 @@ from castlm.cli.main import main
 from castlm.cli.train import parse_finetune
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.distributed.world import is_main_rank
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.train import train
+from castlm.world import is_main_rank
 from tests.ranks import run_ranks
 from tests.runs import (
     assert_equal_weights,

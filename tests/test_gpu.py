@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from castlm.distributed.world import init_world
 from castlm.oneshot.methods import prune_oneshot_
 from castlm.oneshot.options import NO_REFINEMENTS, Refinements
+from castlm.world import init_world
 from tests.runs import begin_run, small
 from tests.tiny import tiny_model
 

@@ -24,6 +24,7 @@ TIERS = (
     ("data",),
     ("models",),
     ("facts",),
+    ("world",),
     ("hardware", "files", "fields", "progress", "signals"),
     ("names", "say", "dtypes", "packages", "devices"),
     ("core",),

@@ -12,11 +12,11 @@ from castlm.data.columns import Columns
 from castlm.data.documents import Documents, HubDocuments, Mixture
 from castlm.data.packing import BatchLoader, MixedSequences, PackedSequences
 from castlm.data.tokens import Encoder, Tokens
-from castlm.distributed.world import init_world
 from castlm.training import text as text_module
 from castlm.training.config import TrainConfig
 from castlm.training.text import open_training_text
 from castlm.training.train import train
+from castlm.world import init_world
 from tests.runs import metrics, small, stop_and_resume
 from tests.tiny import EOS, TEXT, tiny_tokenizer
 

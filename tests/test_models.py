@@ -25,12 +25,12 @@ from transformers.pytorch_utils import Conv1D
 from castlm.cli.main import main
 from castlm.core.errors import InputError
 from castlm.core.scaling import add_weight_scaling
-from castlm.distributed.loading import fingerprint, open_sharded
-from castlm.distributed.world import init_world
 from castlm.models.architecture import backbone, check_head, output_head
 from castlm.models.gguf import fast_gguf
 from castlm.models.io import config_hash, load_model, save_model
+from castlm.models.loading import fingerprint, open_sharded
 from castlm.models.locate import find
+from castlm.world import init_world
 from tests.ranks import start_process, wait_ranks
 from tests.runs import assert_equal_weights, edit_json, edit_weights, weights
 from tests.slow import slow, slow_but

@@ -8,12 +8,12 @@ import pytest
 
 from castlm.cli.main import main
 from castlm.core.errors import InputError
-from castlm.distributed.world import init_world
 from castlm.lab.planning.law import check_plot
 from castlm.oneshot.folder import StartFolder
 from castlm.training import start
 from castlm.training.first_steps import measure_first_steps
 from castlm.training.train import train
+from castlm.world import init_world
 from tests.refusals import assert_refused
 from tests.runs import begin_run, small, take_steps
 
@@ -29,10 +29,10 @@ def test_the_first_steps_measure_the_momentum_of_the_run_itself(llama, text, tmp
     name, layer = next(iter(run.method.layers.items()))
     momentum = run.optimizer.state[layer.parametrizations.weight.original]["exp_avg"]
     expected = math.sqrt(momentum.square().mean()) / (1 - config.optimizer.adam_betas[0] ** 4)
-    assert found.layers[name].momentum_rms == pytest.approx(expected, rel=1e-5)
+    assert found.momentum_rms[name] == pytest.approx(expected, rel=1e-5)
     assert found.tokens_per_step == 4 * 32
-    assert len(found.layers) == 14
-    assert 0 < min(c.momentum_rms for c in found.layers.values()) <= found.lam
+    assert len(found.budgets) == 14
+    assert 0 < min(found.momentum_rms.values()) <= found.lam
 
 
 def test_lam_auto_is_measured_recorded_and_kept_on_resume(llama, text, tmp_path):

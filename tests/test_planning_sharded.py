@@ -19,12 +19,12 @@ from transformers import AttentionInterface, AutoModelForCausalLM
 from castlm.core import distill
 from castlm.core.scaling import add_weight_scaling
 from castlm.distributed.sharding import shard_
-from castlm.distributed.world import World
 from castlm.lab.planning import memory
 from castlm.lab.planning.memory import PlannedRun, plan_memory, read_config
 from castlm.models.architecture import linearize_
 from castlm.training.in_backward import StepInBackward
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_
+from castlm.world import World
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs" / "models"
 

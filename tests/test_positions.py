@@ -5,10 +5,10 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.data.packing import document_positions
-from castlm.distributed.world import init_world
 from castlm.training.attention import way_to_keep_apart
 from castlm.training.objective import Objective
 from castlm.training.trainer import Trainer
+from castlm.world import init_world
 from tests.runs import small
 from tests.slow import slow_but
 from tests.tiny import FAMILIES, tiny_model

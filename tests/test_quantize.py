@@ -21,7 +21,7 @@ from castlm.data.documents import open_documents
 from castlm.data.options import DEFAULTS
 from castlm.data.tokens import text_encoder
 from castlm.export import quantized
-from castlm.export.head import CalibrationOptions, head_hessian
+from castlm.export.head import head_hessian
 from castlm.export.packed import pack_folder, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
@@ -29,10 +29,10 @@ from castlm.formats import rounding
 from castlm.formats.rounding import round_in_groups, round_rows, round_table
 from castlm.models.architecture import linearize_conv1d_
 from castlm.models.io import load_model
+from castlm.oneshot.draw import Draw
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.steps.round import quantize_
 from castlm.packed.tensor import pack_integers, unpack
-from castlm.say import silent
 from castlm_runtime.packed import read_specs
 from castlm_runtime.stored import read_header
 from tests.chats import CHATML, chat_tokenizer, save_chat_model, talks, write_rows
@@ -49,6 +49,11 @@ def pruned_model(family="llama", dtype=torch.float32):
     model = tiny_model(family)
     prune_(model)
     return model.to(dtype)
+
+
+def draw_of(text):
+    """A draw of 19 sequences of a text."""
+    return Draw(documents=open_documents(text), num_sequences=19, seq_len=64, precision="fp32")
 
 
 def calibration():
@@ -484,15 +489,15 @@ def test_a_model_with_its_own_code_is_not_packed_and_says_so_first(tmp_path, mon
 def test_the_hessian_of_a_head_is_of_the_hidden_states_that_the_model_gives_it(family, text, tmp_path, monkeypatch):
     """With one block in memory as with the whole model; nothing of the model changes."""
     folder = save_tiny(tmp_path / "model", family)
-    calibration = CalibrationOptions(text, num_sequences=19, seq_len=64)
-    by_block = head_hessian(str(folder), calibration)
+    draw = draw_of(text)
+    by_block = head_hessian(str(folder), draw)
     model = load_model(str(folder)).model
-    drawn = calibration.draw(open_documents(text), text_encoder(tiny_tokenizer(), DEFAULTS), model, silent)
+    drawn = draw.text(model, {}, text_encoder(tiny_tokenizer(), DEFAULTS), model.device)
     with torch.no_grad():
-        hidden = model.base_model(drawn)[0].flatten(0, 1)  # (19, 64, 32) -> (1216, 32)
+        hidden = model.base_model(drawn.sequences)[0].flatten(0, 1)  # (19, 64, 32) -> (1216, 32)
     expected = hidden.T @ hidden
     monkeypatch.setattr("castlm.export.head.open_sharded", lambda *_, **__: None)
-    whole = head_hessian(str(folder), calibration)
+    whole = head_hessian(str(folder), draw)
     assert torch.equal(by_block, whole)
     factor = whole.diagonal().sum() / expected.diagonal().sum()
     torch.testing.assert_close(whole, expected * factor)
@@ -509,7 +514,7 @@ def test_pack_with_a_calibration_text_rounds_the_head_by_it_and_the_embedding_to
     changed = {name for name in nearest if not torch.equal(nearest[name], by_text[name])}
     assert changed
     assert all(name.startswith("lm_head.") for name in changed)
-    hessian = head_hessian(str(folder), CalibrationOptions(text, 19, 64))
+    hessian = head_hessian(str(folder), draw_of(text))
     head = load_file(folder / "model.safetensors")["lm_head.weight"]
     rounded = round_table(head, kind, hessian)
     assert torch.equal(by_text["lm_head.scales"].float(), rounded.scales)

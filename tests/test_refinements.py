@@ -2,7 +2,6 @@
 
 import collections
 import copy
-from functools import partial
 
 import pytest
 import torch
@@ -15,12 +14,12 @@ from castlm.oneshot import refine
 from castlm.oneshot.draw import default_sequences
 from castlm.oneshot.methods import applied, prune_oneshot_
 from castlm.oneshot.options import EFFORTS, NO_REFINEMENTS, Refinements, with_effort
-from castlm.oneshot.ranks import OneRank, by_rows
 from castlm.oneshot.refine import FIRST_PENALTY, LAST_PENALTY, Eigenvectors, Inverses, improve_masks, refit
 from castlm.oneshot.solvers import damped, whole_hessian
 from castlm.oneshot.sparsegpt import sparsegpt, sparsegpt_by_factor
 from castlm.oneshot.steps import solve
 from castlm.oneshot.steps.reconstruct import reconstruct_
+from castlm.world import World
 from tests.fused import needs_kernels, threads
 from tests.tiny import VOCAB_SIZE, linear_model
 
@@ -92,6 +91,7 @@ def by_the_letter(weight, target, hessian, iterations):
 def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monkeypatch):
     monkeypatch.setattr(refine, "system_of", system)
     monkeypatch.setattr(division, "MIN_ROWS", 4)  # three panels
+    monkeypatch.setattr(refine, "share_each", lambda world, makers, like: (make() for make in makers))
     improved = 0
     for seed in range(6):
         x, weight = (tensor.double() for tensor in layer(seed))
@@ -105,16 +105,14 @@ def test_masks_are_those_of_admm_by_the_letter_where_that_is_better(system, monk
         assert NM(2, 4).violations(found) == 0
         assert not found[found == 0].signbit().any()
         improved += int((errors[1] < errors[0]).sum())
-        second = partial(by_rows, SecondOfTwo())
+        second = SecondOfTwo(1, 2, torch.device("cpu"), None)
         of_second = improve_masks(start, weight, hessian, NM(2, 4), 12, second)[4:8]  # its only panel
         assert torch.equal(of_second, found[4:8])
     assert improved > 6 * 12 / 2
 
 
-class SecondOfTwo(OneRank):
+class SecondOfTwo(World):
     """Rank 1 of two ranks that send nothing."""
-
-    rank, size = 1, 2
 
 
 def test_an_input_that_is_always_zero_gets_no_place_in_a_better_mask():

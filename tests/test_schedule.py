@@ -14,12 +14,12 @@ from castlm.core.scaling import add_weight_scaling, fold_weight_scaling
 from castlm.data.documents import open_documents
 from castlm.data.tokens import token_ids
 from castlm.distributed.sharding import compile_blocks_, uncompile_blocks_
-from castlm.distributed.world import init_world
 from castlm.methods.options import SCHEDULES, default_learning_rate
 from castlm.models.io import load_model
 from castlm.training.config import TrainConfig
 from castlm.training.metrics import peak_flops
 from castlm.training.train import resolve, train
+from castlm.world import init_world
 from tests.refusals import refused
 from tests.runs import begin_run, metrics, small
 from tests.tiny import TEXT, tiny_model

@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 
 from castlm.cli.main import main
 from castlm.core.shards import whole
-from castlm.distributed.loading import Place
-from castlm.distributed.world import closing, init_world
+from castlm.models.loading import Place
 from castlm.oneshot import ranks as division
 from castlm.oneshot.folder import HiddenStates
 from castlm.oneshot.steps import solve
 from castlm.training import trainer
 from castlm.training.config import TrainConfig
+from castlm.world import closing, init_world
 from tests.ranks import run_ranks, said, start_ranks, wait_ranks
 from tests.runs import assert_equal_weights, begin_run, flags, small, weights
 from tests.slow import slow

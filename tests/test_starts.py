@@ -45,7 +45,7 @@ def test_what_a_start_reads():
     assert list(methods_of(groups)) == ["magnitude", "wanda", "sparsegpt"]
     assert reads_of(None, groups) == (False, False, ())
     assert not reads_of(methods_of(groups)["magnitude"], groups).is_calibrated
-    assert "refit_iterations" in reads_of(methods_of(groups)["sparsegpt"], groups).read_refinements
+    assert "refit_iterations" in reads_of(methods_of(groups)["sparsegpt"], groups).refinements
     assert TrainConfig.of("model", "text", "run", method="gradual_magnitude").method.row.patterns is NM
 
 

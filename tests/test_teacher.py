@@ -10,12 +10,12 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from castlm.core.errors import InputError
-from castlm.distributed.world import World
 from castlm.models.io import load_model
 from castlm.training import teacher_cache
 from castlm.training.config import FinetuneConfig, TrainConfig
 from castlm.training.teacher_cache import TeacherCache
 from castlm.training.train import train
+from castlm.world import World
 from tests.refusals import disk_full
 from tests.runs import (
     assert_equal_weights,

@@ -16,7 +16,7 @@ from castlm.core.errors import InputError
 from castlm.export.hf import push
 from castlm.files.record import LOCK, OUTPUT
 from castlm.training import telemetry as trackers
-from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers, read_metrics, read_series
+from castlm.training.telemetry import Telemetry, TrackedRun, chosen_trackers, open_trackers, read_metrics
 from castlm.training.train import train
 from tests.runs import metrics, small
 
@@ -169,7 +169,6 @@ def test_a_figure_that_is_not_finite_is_null_in_the_file_and_inf_for_its_readers
     assert metrics(tmp_path) == [{**row, "masked_histogram": [1, 2]}]
     (read,) = read_metrics(tmp_path)
     assert (read["perplexity"], read["prune_now_ppl"]) == (math.inf, math.inf)
-    assert read_series(tmp_path, "perplexity") == [(1, math.inf)]
 
 
 # ------------------------------------------------------------------------------------------------------------- hub

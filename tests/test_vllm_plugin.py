@@ -16,11 +16,12 @@ import torch
 
 from castlm.core.errors import InputError
 from castlm.core.sparsify import prune_
-from castlm.export.head import CalibrationOptions
+from castlm.data.documents import open_documents
 from castlm.export.hf import export_model
 from castlm.export.packed import pack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.models.io import load_model
+from castlm.oneshot.draw import Draw
 from castlm.packed.layers import packed_linear
 from castlm.packed.tensor import PackedTensor, unpack
 from castlm.patterns import parse_pattern
@@ -74,9 +75,12 @@ def answers(tmp_path_factory):
         if values == "bf16":
             pack_folder(plain, packed, pattern, dtype=values)
         else:
-            text = CalibrationOptions(str(root / "text.txt"), 8, 64) if values == "int4" else None
+            draw = None
+            if values == "int4":
+                documents = open_documents(str(root / "text.txt"))
+                draw = Draw(documents=documents, num_sequences=8, seq_len=64, precision="fp32")
             nm = parse_pattern(pattern)
-            quantize_folder(str(plain), packed, values, pattern=nm, calibration=text, packed=True, head=head)
+            quantize_folder(str(plain), packed, values, pattern=nm, draw=draw, packed=True, head=head)
         add(name_of(case), packed)
     plain = root / f"plain-{name_of(FAMILIES[0])}"
     add("plain", plain, quantization="castlm")

@@ -14,11 +14,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
-from castlm.distributed.loading import open_sharded
 from castlm.export.packed import pack_folder, pattern_of, unpack_folder
 from castlm.export.quantized import quantize_folder
 from castlm.export.verify import verify
 from castlm.models.io import load_config, load_model
+from castlm.models.loading import open_sharded
 from castlm.models.locate import find
 from castlm.models.weights import loading_only, stored_weights
 from castlm.packed.generate import load_to_generate

@@ -138,9 +138,9 @@ class DrawnText:
     """A hash of the images of the sequences; None for plain text."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class BasisChange:
-    """One kind of change of basis over the whole model; see `castlm.oneshot.report.Change`."""
+    """One kind of change over the whole model, with the mean relative error of its layers solved by SparseGPT."""
 
     what: str
     before: float
@@ -148,24 +148,31 @@ class BasisChange:
     num_kept: int
     num_tried: int
 
+    def __str__(self) -> str:
+        where = f"{self.num_kept} of {self.num_tried} kept, " if self.num_kept < self.num_tried else ""
+        return f"{self.what}: {where}layer error {self.before:.4f} -> {self.after:.4f}"
 
-@dataclass(frozen=True)
+
+@dataclass
 class Basis:
-    """The changes of basis of a start; see `castlm.oneshot.report.BasisReport`."""
+    """The changes of basis of a start."""
 
     changes: list[BasisChange] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    moved: float | None = None
-    seconds: float | None = None
+    """A line for each change that was omitted or undone, with the reason."""
+    moved: float = 0.0
+    """Largest difference of a block's output, relative to the largest."""
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class Reconstructed:
-    """The reconstruction of a block; see `castlm.oneshot.report.Reconstruction`."""
+    """Reconstruction of one block: squared output error on held-out sequences, relative to |output - input|^2."""
 
     before: float
     after: float
     epochs: int
+    """The number of epochs that were run; it stops when the held-out error rises."""
 
 
 @dataclass(frozen=True)

@@ -71,9 +71,11 @@ class Needs(NamedTuple):
 
 
 def option(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
-    """A field with metadata and nothing special: `help`, `needs`, `changes_result`, `may_change`.
+    """A field of an option, required if there is no default.
 
-    `help` is the text of the option in `--help` and in the reference. Required if there is no default.
+    Args:
+        metadata: `help`, its text in `--help` and in the reference; `needs`, `changes_result` and `may_change`, see
+            `Needs`; of a number, or a tuple of numbers, the `LIMITS` that it must keep to.
     """
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
@@ -92,11 +94,6 @@ def essential(default: Any = dataclasses.MISSING, **more: Any) -> Any:
     metadata = {"essential": True, **more}
     if default is dataclasses.MISSING:
         return dataclasses.field(metadata=metadata)
-    return dataclasses.field(default=default, kw_only=True, metadata=metadata)
-
-
-def number(default: Any, **metadata: Any) -> Any:
-    """A field of a number, or of a tuple of numbers, that must keep to the `LIMITS` in `metadata`."""
     return dataclasses.field(default=default, kw_only=True, metadata=metadata)
 
 

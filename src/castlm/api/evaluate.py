@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 from castlm.api.objects import Objects
 from castlm.api.signature import with_keywords_of
 from castlm.core.errors import InputError
 from castlm.data.options import ScoredTextOptions
-from castlm.facts import Conditions, Facts
-from castlm.fields import Needs, build, checked, label, like, number, option, positional
+from castlm.facts import Facts
+from castlm.fields import Needs, build, checked, label, like, option, positional
 from castlm.files.record import RESULT
 from castlm.training.config import names_of
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions
@@ -47,7 +47,7 @@ class EvaluateOptions(ScoredTextOptions):
         help="Split of a hub dataset.",
     )
 
-    eval_tokens: int = number(
+    eval_tokens: int = option(
         0,
         at_least=0,
         needs=TEXT,
@@ -79,7 +79,7 @@ class EvaluateOptions(ScoredTextOptions):
         help="Folder with local files of the tasks, instead of the hub.",
     )
 
-    limit: int | None = number(
+    limit: int | None = option(
         None,
         at_least=1,
         needs=TASKS,
@@ -100,14 +100,14 @@ class EvaluateOptions(ScoredTextOptions):
         'or "demo".',
     )
 
-    max_new_tokens: int = number(
+    max_new_tokens: int = option(
         64,
         at_least=1,
         needs=PROMPTS,
         help="Maximum number of tokens of an answer.",
     )
 
-    temperature: float = number(
+    temperature: float = option(
         0.0,
         at_least=0,
         needs=PROMPTS,
@@ -206,37 +206,17 @@ def check(options: EvaluateOptions, source: str = "") -> None:
         raise InputError(f"nothing to evaluate on: give {text} FILE, {tasks} piqa,arc_easy or {prompts} FILE")
 
 
-class _OwnFigure(NamedTuple):
-    """The figure of a run: its conditions, and the options of its texts."""
-
-    conditions: Conditions
-    data: DataOptions
-    evaluation: EvaluationOptions
-
-
-def _own_figure(model: str) -> _OwnFigure | None:
-    """The figure in the castlm.json of a run; None if the model is no result of a run."""
+def _own_figure(model: str) -> Facts | None:
+    """The facts of a run with the conditions of its figure; None if the model is no result of a run."""
     from castlm.models.locate import result_folder
 
     folder = Path(result_folder(model))
-    if not folder.is_dir():
-        return None
-    facts = Facts.read(folder)
-    data, evaluation = (
-        {name: value for name, value in (facts.config or {}).items() if name in names_of(section)}
-        for section in (DataOptions, EvaluationOptions)
-    )
-    if facts.measured is None or "dataset" not in data:
-        return None
-    source = str(folder / RESULT)
-    return _OwnFigure(
-        facts.measured,
-        DataOptions(**checked([DataOptions], data, source)),
-        EvaluationOptions(**checked([EvaluationOptions], evaluation, source)),
-    )
+    facts = Facts.read(folder) if folder.is_dir() else None
+    is_of_run = facts is not None and facts.measured is not None and "dataset" in (facts.config or {})
+    return facts if is_of_run else None
 
 
-def _repeat(own: _OwnFigure, loaded: Loaded, options: EvaluateOptions, **how: Any) -> dict[str, Any]:
+def _repeat(own: Facts, loaded: Loaded, options: EvaluateOptions, **how: Any) -> dict[str, Any]:
     """Measures the figure of a run again, on its texts; raises `InputError` if they have changed."""
     from castlm.data.documents import joined_digest
     from castlm.data.scored import ScoredText
@@ -244,14 +224,21 @@ def _repeat(own: _OwnFigure, loaded: Loaded, options: EvaluateOptions, **how: An
     from castlm.evaluation.perplexity import evaluate_tokens
     from castlm.training.text import open_splits, scored_parts
 
-    documents, held_out = open_splits(own.data, own.evaluation)
+    def section(kind: type[Any]) -> Any:
+        """A section of the options of the run."""
+        given = {name: value for name, value in (own.config or {}).items() if name in names_of(kind)}
+        return kind(**checked([kind], given, f"{RESULT} of {options.model}"))
+
+    assert own.measured is not None
+    data, evaluation = section(DataOptions), section(EvaluationOptions)
+    documents, held_out = open_splits(data, evaluation)
     digest = joined_digest([text.text_hash() for text in held_out])
-    if digest != own.conditions.text_sha256:
-        raise InputError(f"the evaluation text of the run, {own.conditions.text}, has changed: give --text FILE")
+    if digest != own.measured.text_sha256:
+        raise InputError(f"the evaluation text of the run, {own.measured.text}, has changed: give --text FILE")
     code: dict[str, Any] = {"trust_remote_code": options.trust_remote_code, "revision": options.revision}
-    encoder = open_encoder([documents, *held_out], loaded.tokenizer, options.model, own.data, **code)
-    text = ScoredText.joined(scored_parts(held_out, encoder, own.evaluation))
-    identity = {"text": own.conditions.text, "text_sha256": digest, "tokenizer": encoder.tokenizer_name}
+    encoder = open_encoder([documents, *held_out], loaded.tokenizer, options.model, data, **code)
+    text = ScoredText.joined(scored_parts(held_out, encoder, evaluation))
+    identity = {"text": own.measured.text, "text_sha256": digest, "tokenizer": encoder.tokenizer_name}
     return evaluate_tokens(loaded.model, text, identity, **how)
 
 
@@ -282,7 +269,8 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
     model = loaded.model
     model.to(device)  # type: ignore[arg-type]  # transformers wraps it without its types
     own = _own_figure(options.model) if options.repeats else None
-    precision = options.precision or ("fp32" if own is None else own.conditions.precision)
+    conditions = None if own is None else own.measured
+    precision = options.precision or ("fp32" if conditions is None else conditions.precision)
     precision = choose_precision(precision, model.device, model.config)
     if slow := why_slow(precision, model.device):
         note(slow)
@@ -301,8 +289,8 @@ def run_evaluation(options: EvaluateOptions, source: str = "") -> dict[str, Any]
                 autocast_dtype=dtype,
                 progress=progress,
             )
-    if own is not None:
-        seq_len = options.seq_len or own.conditions.seq_len
+    if own is not None and conditions is not None:
+        seq_len = options.seq_len or conditions.seq_len
         with shown_progress("perplexity, sequences") as progress:
             how = {"seq_len": seq_len, "stride": options.stride or seq_len, "autocast_dtype": dtype}
             figures |= _repeat(own, loaded, options, **how, progress=progress)

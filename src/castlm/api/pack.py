@@ -11,7 +11,7 @@ from castlm.api.objects import Objects, Result
 from castlm.api.signature import with_keywords_of
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
-from castlm.fields import Needs, build, choice, number, option, parsed, positional
+from castlm.fields import Needs, build, choice, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
 from castlm_runtime.formats import FORMATS, HEADS
 
@@ -67,14 +67,14 @@ class PackOptions(TextOptions):
         "squares on the hidden states that it reads; without a text, to the nearest.",
     )
 
-    calibration_sequences: int = number(
+    calibration_sequences: int = option(
         64,
         at_least=1,
         needs=CALIBRATION,
         help="Calibration sequences.",
     )
 
-    seq_len: int = number(
+    seq_len: int = option(
         512,
         at_least=1,
         needs=CALIBRATION,
@@ -177,10 +177,12 @@ def run_unpack(source: str, output_dir: str, overwrite: bool, tie: bool = False)
 
 def run_pack(options: PackOptions) -> PackReport:
     """`pack` with converted options."""
-    from castlm.export.head import CalibrationOptions, head_hessian
+    from castlm.data.documents import open_documents
+    from castlm.export.head import head_hessian
     from castlm.export.packed import groups_of, pack_folder, pattern_of
     from castlm.files.output import check_output
     from castlm.models.locate import result_folder
+    from castlm.oneshot.draw import Draw
     from castlm.progress import note, shown_progress
 
     groups = groups_of(options.model, pattern_of(options.model, options.pattern))
@@ -188,11 +190,16 @@ def run_pack(options: PackOptions) -> PackReport:
     inputs = {"model": source, "calibration": options.calibration}
     folder = check_output(options.output_dir, overwrite=options.overwrite, inputs=inputs)
     if options.calibration is not None:
-        calibration = CalibrationOptions(
-            options.calibration, options.calibration_sequences, options.seq_len, options.seed
+        draw = Draw(
+            documents=open_documents(options.calibration, options),
+            options=options,
+            num_sequences=options.calibration_sequences,
+            seq_len=options.seq_len,
+            seed=options.seed,
+            precision="fp32",
         )
         with shown_progress("head, blocks") as progress:
-            hessian = head_hessian(source, calibration, options=options, progress=progress, say=note)
+            hessian = head_hessian(source, draw, progress=progress, say=note)
     with shown_progress("pack, tensors") as progress:
         return pack_folder(
             options.model,

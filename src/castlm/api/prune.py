@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.export.verify_report import ALLOW_DENSE
-from castlm.fields import Needs, build, choice, essential, label, like, number, option
+from castlm.fields import Needs, build, choice, essential, label, like, option
 from castlm.oneshot.methods import Reads, all_methods, default_method, method_of, reads_of, steps_of
 from castlm.oneshot.options import EFFORTS, BasisOptions, EffortOptions, Refinements, part_of, with_effort
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
@@ -23,10 +23,10 @@ if typing.TYPE_CHECKING:  # they import torch
     from transformers import PreTrainedTokenizerBase
 
     from castlm.api.objects import Model, Text
-    from castlm.distributed.world import World
     from castlm.oneshot.report import OneshotReport
+    from castlm.world import World
 
-TEXT = Needs("a solver that reads a text, such as wanda or sparsegpt", lambda options: options.reads_text)
+TEXT = Needs("a solver that reads a text, such as wanda or sparsegpt", lambda options: options.reads.is_calibrated)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +51,13 @@ class OwnOptions:
 
     calibration: str | None = essential(
         None,
-        needs=TEXT._replace(is_met=lambda options: options.takes_text),
+        needs=TEXT,
         help="Calibration text, for all solvers except magnitude: a file, folder, glob or hub dataset, as "
         "--dataset of castlm train.",
     )
 
     pattern: Pattern = like(ModelOptions, "pattern", essential=True)
-    calibration_sequences: int | None = number(
+    calibration_sequences: int | None = option(
         None,
         at_least=1,
         needs=TEXT,
@@ -95,7 +95,7 @@ class OwnOptions:
 
     save_dtype: Literal["source", "fp32", "bf16", "fp16"] = like(CheckpointOptions, "save_dtype")
 
-    allow_dense: float = number(
+    allow_dense: float = option(
         ALLOW_DENSE,
         at_least=0,
         at_most=1,
@@ -123,29 +123,13 @@ class PruneOptions(Refinements, BasisOptions, EffortOptions, TextOptions, OwnOpt
         return self.solver or default_method(self.pattern)
 
     @property
-    def takes_text(self) -> bool:
-        """Whether a calibration text has a use."""
-        return method_of(self.solver_name, self.pattern).reads_text
-
-    @property
     def reads_text(self) -> bool:
-        return self.is_calibrated
+        return self.reads.is_calibrated
 
     @property
-    def _reads(self) -> Reads:
+    def reads(self) -> Reads:
+        """What the prune reads, for the conditions of its options."""
         return reads_of(method_of(self.solver_name, self.pattern), self.pattern)
-
-    @property
-    def is_calibrated(self) -> bool:
-        return self._reads.is_calibrated
-
-    @property
-    def turns_axes(self) -> bool:
-        return self._reads.turns_axes
-
-    @property
-    def read_refinements(self) -> tuple[str, ...]:
-        return self._reads.read_refinements
 
 
 @with_keywords_of(PruneOptions)
@@ -199,7 +183,7 @@ def run_prune(options: PruneOptions, source: str = "") -> OneshotReport:
     Args:
         source: `COMMAND_LINE` if they are from there; errors then write `--calibration` instead of `calibration`.
     """
-    from castlm.distributed.world import closing, init_world, naming_missing_ranks, reporting_once
+    from castlm.world import closing, init_world, naming_missing_ranks, reporting_once
 
     with (
         closing(init_world(options.device, "full")) as world,
@@ -234,10 +218,11 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
         )
     draw = None
     if options.calibration is not None:
+        shown = functools.partial(shown_progress, is_main=world.is_main)
         draw = Draw(
-            documents=open_documents(
-                options.calibration, options, shown=functools.partial(shown_progress, is_main=world.is_main)
-            ),
+            documents=open_documents(options.calibration, options, shown=shown),
+            name=options.calibration,
+            options=options,
             num_sequences=options.calibration_sequences,
             seq_len=options.seq_len,
             seed=options.seed,
@@ -256,8 +241,6 @@ def _prune(options: PruneOptions, source: str, world: World) -> OneshotReport:
         pattern,
         steps,
         draw=draw,
-        text_name=options.calibration,
-        options=options,
         memory=memory,
         device=world.device,
         dtype=options.save_dtype,

@@ -14,7 +14,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import TextOptions
 from castlm.facts import Facts
-from castlm.fields import Needs, build, choice, like, number, option, parsed, positional
+from castlm.fields import Needs, build, choice, like, option, parsed, positional
 from castlm.patterns import parse_pattern_or_dense
 from castlm.signals import num_ranks
 from castlm.training.options import ModelOptions, RuntimeOptions
@@ -87,14 +87,14 @@ class QuantizeOptions(TextOptions):
         "first layer has it, otherwise dense.",
     )
 
-    calibration_sequences: int = number(
+    calibration_sequences: int = option(
         64,
         at_least=1,
         needs=CALIBRATION,
         help="Calibration sequences.",
     )
 
-    seq_len: int = number(
+    seq_len: int = option(
         512,
         at_least=1,
         needs=CALIBRATION,
@@ -107,7 +107,7 @@ class QuantizeOptions(TextOptions):
         help="Seed for drawing calibration sequences.",
     )
 
-    damping: float = number(
+    damping: float = option(
         0.01,
         at_least=0,
         at_most=1,
@@ -115,7 +115,7 @@ class QuantizeOptions(TextOptions):
         help="int4, int3: add this fraction of the mean diagonal to the Hessian.",
     )
 
-    train_steps: int = number(
+    train_steps: int = option(
         0,
         at_least=0,
         needs=CALIBRATION,
@@ -124,7 +124,7 @@ class QuantizeOptions(TextOptions):
         "must fit in memory.",
     )
 
-    learning_rate: float = number(
+    learning_rate: float = option(
         1e-2,
         above=0,
         needs=Needs("train_steps above 0", lambda options: options.train_steps > 0),
@@ -196,28 +196,36 @@ def quantize(
 
 def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeReport]:
     """`quantize` with converted options; returns the pattern that was verified, and the report."""
+    from castlm.data.documents import open_documents
     from castlm.export.gguf import ROUNDED_TO, gguf_source
-    from castlm.export.head import CalibrationOptions
     from castlm.export.packed import pattern_of
-    from castlm.export.quantized import quantize_folder
+    from castlm.export.quantized import check_text, quantize_folder
     from castlm.files.output import check_beside, check_output
     from castlm.hardware import choose_device
     from castlm.models.locate import result_folder
+    from castlm.oneshot.draw import Draw
     from castlm.progress import note, shown_progress
 
     if (options.output_dir is None) == (options.gguf is None):
         raise InputError("quantize writes a folder or a GGUF file: pass --output-dir FOLDER or --gguf FILE")
-    calibration = None
+    kind = options.kind if options.gguf is None else ROUNDED_TO.get(options.kind, options.kind)
+    if line := check_text(kind, options.head, options.calibration is not None, options.packed):
+        note(line)
+    draw = None
     if options.calibration is not None:
-        calibration = CalibrationOptions(
-            options.calibration, options.calibration_sequences, options.seq_len, options.seed
+        draw = Draw(
+            documents=open_documents(options.calibration, options),
+            name=options.calibration,
+            options=options,
+            num_sequences=options.calibration_sequences,
+            seq_len=options.seq_len,
+            seed=options.seed,
+            precision="fp32",
         )
     source = result_folder(options.model)
-    kind = options.kind
     if options.gguf is not None:
         output = Path(os.path.realpath(user_path(options.gguf)))
-        gguf_source(source, kind, output, options.overwrite)
-        kind = ROUNDED_TO[kind]
+        gguf_source(source, options.kind, output, options.overwrite)
         check_beside(output)
     pattern = pattern_of(source, options.pattern)
     training = _scale_training(options, kind, source)
@@ -230,12 +238,13 @@ def run_quantize(options: QuantizeOptions) -> tuple[Pattern | None, QuantizeRepo
             output,
             kind,
             pattern=pattern,
-            calibration=calibration,
+            draw=draw,
             packed=options.packed,
             gguf=options.gguf is not None,
             head=options.head,
             damping=options.damping,
             train=training,
+            train_steps=options.train_steps or None,
             options=options,
             dtype=options.save_dtype,
             device=choose_device(options.device),

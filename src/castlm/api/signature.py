@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from castlm.fields import default_of, is_required
@@ -18,24 +18,14 @@ def with_keywords_of(*sections: type[Any]) -> Callable[[F], F]:
     def decorated(function: F) -> F:
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
-        options = keywords_of(sections, (parameter.name for parameter in named))
+        fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
+        # The required options are parameters of the function too, of which a text may have another name.
         more = [
-            inspect.Parameter(
-                field.name, inspect.Parameter.KEYWORD_ONLY, default=default_of(field), annotation=field.type
-            )
-            for field in options
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default_of(field), annotation=field.type)
+            for name, field in fields.items()
+            if name not in signature.parameters and not is_required(field)
         ]
         function.__signature__ = signature.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
         return function
 
     return decorated
-
-
-def keywords_of(sections: Iterable[type[Any]], named: Iterable[str]) -> list[dataclasses.Field[Any]]:
-    """The fields of dataclasses that a function takes by `**options`, besides its parameters `named`.
-
-    The required ones are parameters too, of which a text may have another name.
-    """
-    fields = {field.name: field for section in sections for field in dataclasses.fields(section)}
-    without = {*named}
-    return [field for name, field in fields.items() if name not in without and not is_required(field)]

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from castlm.cli.command_line import check_json_path, result_folder, to_stdout, write_json
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
-from castlm.fields import Needs, like, number, option, parsed, positional
+from castlm.fields import Needs, like, option, parsed, positional
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 from castlm_runtime.reading import read_json_object
@@ -36,7 +36,7 @@ def parse_factor(text: Any) -> float:
 class LimitOptions:
     """The limits that a recipe keeps."""
 
-    megabytes: float | None = number(
+    megabytes: float | None = option(
         None,
         above=0,
         help="The most MB of the packed weights. The recipe of least perplexity is chosen.",
@@ -49,7 +49,7 @@ class LimitOptions:
         "model.",
     )
 
-    tokens_per_second: float | None = number(
+    tokens_per_second: float | None = option(
         None,
         above=0,
         help="The least speed of decoding one sequence on this CPU, by the linear layers alone, which are timed.",
@@ -62,16 +62,21 @@ class LimitOptions:
     def choose(self, model: str, trust_remote_code: bool, is_timed: bool) -> Choice:
         """The best recipe for a model. Speeds are timed if asked for, or if they are limited."""
         from castlm.lab.advice.cpu import SECONDS, check_can_time, shapes_of
-        from castlm.lab.advice.recipes import Limits, choose
+        from castlm.lab.advice.recipes import choose
         from castlm.progress import shown_progress
 
         is_timed = is_timed or self.tokens_per_second is not None
         if is_timed:
             check_can_time("bf16")
-        limits = Limits(self.megabytes, self.perplexity_at_most, self.tokens_per_second)
         with shown_progress("layer shapes timed") as progress:
-            seconds = SECONDS if is_timed else None
-            return choose(shapes_of(model, trust_remote_code), limits, seconds=seconds, progress=progress)
+            return choose(
+                shapes_of(model, trust_remote_code),
+                megabytes=self.megabytes,
+                factor=self.perplexity_at_most,
+                tokens_per_second=self.tokens_per_second,
+                seconds=SECONDS if is_timed else None,
+                progress=progress,
+            )
 
 
 @dataclass
@@ -86,7 +91,7 @@ class AdviseCommand(LimitOptions):
         help='Local Hugging Face folder, run of `castlm train`, hub id, GGUF file, or "demo"; only its config is read.',
     )
 
-    tokens: int = number(
+    tokens: int = option(
         0,
         at_least=0,
         help="Tokens that a layer computes at once: the batch size in decoding, or all tokens of a prompt. 0 times "
@@ -117,7 +122,7 @@ class AdviseCommand(LimitOptions):
         help="Scaling law of `castlm plan fit --json`, which predicts the perplexity of n:m after train_tokens.",
     )
 
-    train_tokens: float | None = number(
+    train_tokens: float | None = option(
         None,
         above=0,
         needs=Needs("--law", lambda command: command.law is not None),
@@ -246,13 +251,13 @@ class ShrinkCommand(LimitOptions):
         help="Folder of the run and of the packed model.",
     )
 
-    max_steps: int = number(
+    max_steps: int = option(
         100,
         at_least=1,
         help="Steps of training. The expected perplexity is that of 100 steps of 512 tokens.",
     )
 
-    seq_len: int = number(
+    seq_len: int = option(
         512,
         at_least=1,
         help="Tokens of a step, which is one sequence.",

@@ -9,7 +9,7 @@ from typing import Literal
 from castlm.cli.command_line import to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import TextOptions
-from castlm.fields import Needs, choice, essential, like, number, option, parsed
+from castlm.fields import Needs, choice, essential, like, option, parsed
 from castlm.structured.scores import SCORES
 from castlm.structured.units import DEFAULT_SCORE, Units
 from castlm.training.options import CheckpointOptions, ModelOptions, RuntimeOptions
@@ -48,7 +48,7 @@ class _OwnOptions:
         help="Calibration text: a file, folder, glob or hub dataset, as --dataset of castlm train.",
     )
 
-    calibration_sequences: int | None = number(
+    calibration_sequences: int | None = option(
         None,
         at_least=1,
         needs=_TEXT,
@@ -120,6 +120,8 @@ class CutCommand(TextOptions, _OwnOptions):
         if self.calibration is not None:
             draw = Draw(
                 documents=open_documents(self.calibration, self, shown=shown_progress),
+                name=self.calibration,
+                options=self,
                 num_sequences=self.calibration_sequences,
                 seq_len=self.seq_len,
                 seed=self.seed,
@@ -132,8 +134,6 @@ class CutCommand(TextOptions, _OwnOptions):
             self.units,
             score,
             draw=draw,
-            text_name=self.calibration,
-            options=self,
             refits=self.refit,
             device=torch.device(choose_device(self.device)),
             dtype=self.save_dtype,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from castlm.cli.command_line import use_threads
 from castlm.cli.engine import engine_folder, has_gpu
-from castlm.fields import like, number, option, positional
+from castlm.fields import like, option, positional
 from castlm.names import LAYOUT, printable
 from castlm.training.options import ModelOptions
 from castlm_runtime.machine import check_threads
@@ -34,13 +34,13 @@ class GenerateCommand:
         help="Images that the prompt is about, for a vision-language model.",
     )
 
-    max_new_tokens: int = number(
+    max_new_tokens: int = option(
         128,
         at_least=1,
         help="Maximum number of new tokens.",
     )
 
-    temperature: float = number(
+    temperature: float = option(
         0.0,
         at_least=0,
         help="0, or less than 1e-6, always takes the most probable token; above, tokens are sampled.",
@@ -51,7 +51,7 @@ class GenerateCommand:
         help="Seed of the samples.",
     )
 
-    document_limit: float = number(
+    document_limit: float = option(
         1.0,
         above=0,
         help="Factor on the limit of 64 million pixels for an image.",
@@ -62,7 +62,7 @@ class GenerateCommand:
         help="Continue the prompt as it is, without a chat template.",
     )
 
-    threads: int = number(
+    threads: int = option(
         0,
         at_least=0,
         help="Processor threads; 0 takes the physical cores that the process may use.",

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.command_line import check_json_path, to_stdout, write_json
 from castlm.cli.train import parse_train
 from castlm.core.errors import InputError
-from castlm.fields import choice, essential, number, option, positional
+from castlm.fields import choice, essential, option, positional
 from castlm.names import aligned, duration
 from castlm.oneshot.methods import method_of, methods_of, trained_from
 from castlm.oneshot.options import EFFORTS
@@ -39,10 +39,10 @@ def check(arguments: list[str]) -> int:
     config, _ = parse_train(arguments, "plan check", CheckOptions)
     if not config.method.row.decays:
         raise InputError(f"method {config.method.method} has no decay to check: plan check is for method cast")
-    from castlm.distributed.world import closing, init_world
     from castlm.oneshot.folder import partial_folder
     from castlm.training.first_steps import measure_first_steps
     from castlm.training.model import learning_rate_for
+    from castlm.world import closing, init_world
 
     runtime = config.runtime
     with closing(init_world(runtime.device, runtime.sharding, runtime.timeout_s)) as world:
@@ -51,12 +51,12 @@ def check(arguments: list[str]) -> int:
         first = measure_first_steps(config, world)
     if not world.is_main:
         return 0
-    by_headroom = sorted(first.layers.items(), key=lambda item: item[1].headroom)
+    by_headroom = sorted(first.budgets.items(), key=lambda item: item[1].headroom)
     has_headroom = config.method.decay != "horizon"  # reaches zero by construction, at any learning rate
     table = [["layer", "momentum rms", "99 % of masked", *(["headroom"] if has_headroom else [])]]
-    for name, layer in by_headroom[:10]:
-        headroom = [f"{layer.headroom:.2f}x"] if has_headroom else []
-        table.append([name, f"{layer.momentum_rms:.2e}", f"{layer.budget.quantiles[2]:.3f}", *headroom])
+    for name, budget in by_headroom[:10]:
+        headroom = [f"{budget.headroom:.2f}x"] if has_headroom else []
+        table.append([name, f"{first.momentum_rms[name]:.2e}", f"{budget.quantiles[2]:.3f}", *headroom])
     to_stdout("\n".join(aligned(table)), keep="\n")
     if len(by_headroom) > 10:
         to_stdout(f"... and {len(by_headroom) - 10} layers{' with more headroom' if has_headroom else ''}")
@@ -70,13 +70,13 @@ def check(arguments: list[str]) -> int:
         kept = partial_folder(config.checkpoint.output_dir)
         to_stdout(f"its transformer blocks are in {kept}: castlm train with the same options takes them from there")
     to_stdout(f"peak memory of this process: {first.peak_bytes / 2**30:.2f} GiB")
-    worst = by_headroom[0][1].budget
+    worst = by_headroom[0][1]
     floor = f"; masked weights end near {worst.floor:.1e}, the last rate" if worst.floor else ""
-    late = [name for name, layer in by_headroom if not layer.budget.reaches_zero]
+    late = [name for name, budget in by_headroom if not budget.reaches_zero]
     if not late:
         to_stdout(f"verdict: all {len(by_headroom)} layers reach zero{floor}")
         return 0
-    factor = max(first.layers[name].budget.factor for name in late)
+    factor = max(first.budgets[name].factor for name in late)
     to_stdout(
         f"verdict: {len(late)} of {len(by_headroom)} layers cannot reach zero; use decay='horizon', or "
         f"{factor:.1f}x the learning rate, or {factor:.1f}x the steps{floor}"
@@ -283,21 +283,21 @@ class PredictCommand:
         help="Use only the runs of this method.",
     )
 
-    tokens: float | None = number(
+    tokens: float | None = option(
         None,
         above=0,
         below=1e30,
         help="Training tokens to predict the perplexity for.",
     )
 
-    target_ppl: float | None = number(
+    target_ppl: float | None = option(
         None,
         above=1,
         below=1e30,
         help="Perplexity to find the training tokens for.",
     )
 
-    tokens_per_s: float | None = number(
+    tokens_per_s: float | None = option(
         None,
         above=0,
         help="Measured throughput of one GPU or CPU; adds the hours of training.",

@@ -20,7 +20,7 @@ class PruneCommand(PruneOptions):
     """
 
     def run(self) -> int:
-        from castlm.distributed.world import is_main_rank
+        from castlm.world import is_main_rank
 
         report = run_prune(self, COMMAND_LINE)
         if not is_main_rank():

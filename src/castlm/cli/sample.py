@@ -9,7 +9,7 @@ from typing import Any, Literal
 from castlm.cli.command_line import command_with, result_folder, to_stdout
 from castlm.core.errors import InputError
 from castlm.data.options import SamplingOptions, TextOptions
-from castlm.fields import Needs, essential, free_on_resume, given, like, number, option, positional
+from castlm.fields import Needs, essential, free_on_resume, given, like, option, positional
 from castlm.methods.options import OptimizerOptions
 from castlm.training.config import TrainConfig, names_of
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, RuntimeOptions, TeacherOptions
@@ -47,7 +47,7 @@ class SampleOptions:
         "castlm train.",
     )
 
-    dedup_prefix: int = number(
+    dedup_prefix: int = option(
         200,
         at_least=0,
         help="Number of leading characters to compare: texts that share them are duplicates. 0 compares whole texts.",
@@ -106,9 +106,9 @@ class SampleCommand(CacheOptions, SamplingOptions, TextOptions, SampleOptions):
         config = self._train_config()
         prompts = None if self.prompts is None else read_prompts(self.prompts, self)
         if self.teacher_cache is not None:
-            from castlm.training.teacher_cache import check_teacher_pass
+            from castlm.training.train import check_teacher_pass
 
-            check_teacher_pass(config.model, config.data, config.evaluation, config.teacher)
+            check_teacher_pass(config)
         free = free_on_resume([SampleCommand])
         settings = {name: value for name, value in dataclasses.asdict(self).items() if name not in free}
         with open_samples(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 from castlm.cli.command_line import to_stdout
 from castlm.cli.engine import engine_folder
 from castlm.core.errors import InputError
-from castlm.fields import number, option, positional
+from castlm.fields import option, positional
 from castlm.packages import require
 from castlm_runtime.machine import check_threads
 
@@ -36,7 +36,7 @@ class ServeCommand:
         help="Address to listen on.",
     )
 
-    port: int = number(
+    port: int = option(
         8000,
         at_least=1,
         at_most=65535,
@@ -49,7 +49,7 @@ class ServeCommand:
         "web page.",
     )
 
-    threads: int = number(
+    threads: int = option(
         0,
         at_least=0,
         help="Processor threads; 0 takes the physical cores that the process may use.",
@@ -60,7 +60,7 @@ class ServeCommand:
         help="What the cache keeps of keys and values: int8 takes half of the memory of bf16, fp32 twice as much.",
     )
 
-    context: int = number(
+    context: int = option(
         0,
         at_least=0,
         help="Most tokens of a request; 0 takes the model's context, or less where memory is short.",

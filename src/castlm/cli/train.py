@@ -32,11 +32,6 @@ class FileOptions:
 
 
 @dataclass
-class RecipeAndFileOptions(RecipeOptions, FileOptions):
-    """Files of options, and the values that they override."""
-
-
-@dataclass
 class PageOptions:
     """The page that `castlm train` writes when the run is finished."""
 
@@ -66,15 +61,13 @@ def parse_train(
     Returns:
         The config, and an instance of `more`.
     """
-    kind: type[TrainConfig]
-    files: type[Any]
+    kind: type[TrainConfig] = TrainConfig
+    files, other = [FileOptions, RecipeOptions], "finetune"
     if name == "finetune":
-        kind, files, other = FinetuneConfig, FileOptions, "train"
-    else:
-        kind, files, other = TrainConfig, RecipeAndFileOptions, "finetune"
+        kind, files, other = FinetuneConfig, [FileOptions], "train"
     sections, of_other = kind.sections(), FOREIGN["train" if kind is TrainConfig else "finetune"]
     foreign = [option for title in of_other for option in names_of(sections[title])]
-    titled: list[tuple[str, type[Any]]] = [*sections.items(), ("options", files), ("options", more)]
+    titled: list[tuple[str, type[Any]]] = [*sections.items(), *(("options", each) for each in (*files, more))]
     given = read_arguments(
         titled, arguments, name, about=kind if more is PageOptions else more, hidden=[*foreign, *unless_given, *unread]
     )
@@ -123,11 +116,11 @@ def _tell_of_checkpoints(folder: Path) -> None:
 def run_training(config: TrainConfig, report: bool) -> int:
     """Runs `config` and writes its page if `report` asks for it; returns the exit code."""
     from castlm.cli.report import write_report
-    from castlm.distributed.world import is_main_rank
     from castlm.hardware import keep_freed_memory
     from castlm.progress import note
     from castlm.signals import Interrupted
     from castlm.training.train import train
+    from castlm.world import is_main_rank
 
     keep_freed_memory()
     try:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from castlm.cli.command_line import check_json_path, to_stdout, write_json
 from castlm.core.nm import NM, Pattern
 from castlm.export.verify_report import ALLOW_DENSE
-from castlm.fields import like, number, option, parsed, positional
+from castlm.fields import like, option, parsed, positional
 from castlm.patterns import parse_pattern
 from castlm.training.options import ModelOptions
 from castlm_runtime.reading import user_path
@@ -30,7 +30,7 @@ class VerifyCommand:
         "castlm.json, or 2:4 without one.",
     )
 
-    allow_dense: float = number(
+    allow_dense: float = option(
         ALLOW_DENSE,
         at_least=0,
         at_most=1,

@@ -110,6 +110,11 @@ class DecayBudget:
         return decay.exact_zero or (decay.reduces and self.travel >= self.quantiles[2])
 
     @property
+    def headroom(self) -> float:
+        """The decay budget divided by the 99 % quantile of the masked weights; above 1, these reach zero."""
+        return self.travel / max(self.quantiles[2], 1e-30)
+
+    @property
     def factor(self) -> float:
         """The factor by which the learning rate or the steps must grow to reach zero; 1 if they suffice."""
         return 1.0 if self.reaches_zero else self.quantiles[2] / max(self.travel, 1e-30)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
 
-from castlm.fields import Bounded, Needs, number, option
+from castlm.fields import Bounded, Needs, option
 
 TEXT = Needs("a text", lambda options: options.reads_text)
 CONVERSATIONS = Needs("conversations, and the texts are plain", lambda options: not options.is_plain)
@@ -31,7 +31,7 @@ class TextOptions(Bounded):
         help="File with a Jinja chat template to use, and to save with a result, in place of the tokenizer's own.",
     )
 
-    document_limit: float = number(
+    document_limit: float = option(
         1.0,
         above=0,
         needs=TEXT,
@@ -85,33 +85,33 @@ class ScoredTextOptions(TextOptions):
 class SamplingOptions(Bounded):
     """Options of drawing a batch of texts, as `castlm sample` does."""
 
-    max_new_tokens: int | None = number(
+    max_new_tokens: int | None = option(
         None,
         at_least=1,
         help="Maximum number of tokens of a text. A conversation with a turn that reaches it is dropped. The "
         "default is 256, or as many as the model's context leaves beside the longest prompt.",
     )
 
-    temperature: float = number(
+    temperature: float = option(
         1.0,
         at_least=1e-6,
         help="Sampling temperature: above 1, rare tokens become more likely; below 1, less likely.",
     )
 
-    top_p: float = number(
+    top_p: float = option(
         1.0,
         above=0,
         at_most=1,
         help="Sample from the most probable tokens that together have this probability. 1 samples from all tokens.",
     )
 
-    batch_size: int = number(
+    batch_size: int = option(
         16,
         at_least=1,
         help="Number of texts that are sampled together.",
     )
 
-    seed: int = number(
+    seed: int = option(
         0,
         at_least=0,
         help="Seed of the samples, and of the order of the sequences in teacher_cache.",

@@ -33,16 +33,16 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.shards import local
 from castlm.core.sparsify import SparseLayer, computed_weight, weight_parameter
-from castlm.distributed.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.distributed.sharding import shard_
-from castlm.distributed.world import World
 from castlm.dtypes import equal_in_bits
 from castlm.export.hf import completed, verification, verify_pattern, write_facts
 from castlm.facts import Facts
 from castlm.files.output import atomic_dir
 from castlm.files.weights import Layout, into_files, layout_of, write_file, write_index_of
 from castlm.models.io import write_all_but_weights
+from castlm.models.loading import empty_model, load_rows_, materialize_, open_sharded
 from castlm.models.stored_layout import StoredLayout
+from castlm.world import World
 from castlm_runtime.stored import INDEX
 
 MAX_SHARD_BYTES = 5 * 10**9

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from castlm.core.shards import local
 from castlm.core.sparsify import transformer_blocks
 from castlm.distributed.sharding import is_sharded, may_skip_modules, sharded_blocks
-from castlm.distributed.world import World
+from castlm.world import World
 
 _BITS = 36
 """Bits of the largest square in an exact sum: it has room for 2^27 rows."""

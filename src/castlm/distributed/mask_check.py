@@ -7,8 +7,7 @@ recomputed by another formula, from the whole weight, gathered from all ranks.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from castlm.core.blocks import block_name
 from castlm.core.nm import NM, Pattern
 from castlm.core.shards import local, own_rows, whole
 from castlm.core.sparsify import SparseLayer, num_weights, weight_parameter
-from castlm.distributed.world import World
+from castlm.world import World
 
 _ROWS = 1024  # rows that are sorted at a time
 
@@ -34,10 +33,6 @@ def sorted_mask(weight: Tensor, pattern: NM) -> Tensor:
     return torch.cat(masks).view(weight.shape) if masks else torch.zeros_like(weight, dtype=torch.bool)
 
 
-SECOND_FORMULAS: dict[type[Pattern], Callable[..., Tensor]] = {NM: sorted_mask}
-"""A second formula of the mask, by the class of a pattern; masks of other patterns are not compared."""
-
-
 class SelfCheck:
     """Checks in the first step that all sparse weights are stepped, and at every refresh the masks of one block.
 
@@ -50,14 +45,12 @@ class SelfCheck:
         self.num_sparse = sum(map(num_weights, layers.values()))
         self.covered = False
         self._names: dict[Tensor, str] = {}
-        self._formulas: dict[Tensor, Callable[[Tensor], Tensor]] = {}
+        self._patterns: dict[Tensor, NM] = {}  # masks of other patterns have no second formula
         by_block: dict[str, list[Tensor]] = {}
         for name, layer in layers.items():
             weight = weight_parameter(layer)
-            own = pattern.at(name)
-            formula = SECOND_FORMULAS.get(type(own))
-            if formula is not None:
-                self._formulas[weight] = partial(formula, pattern=own)
+            if isinstance(own := pattern.at(name), NM):
+                self._patterns[weight] = own
                 by_block.setdefault(block_name(name) or "", []).append(weight)
             self._names[weight] = name
         self._blocks = list(by_block.values())
@@ -74,9 +67,7 @@ class SelfCheck:
         is_refresh = mask_interval > 0 and step % mask_interval == 0 and bool(self._blocks)
         # One block at a refresh, in turns: gathering every block each time would cost as much as a forward pass.
         watched = self._blocks[step // mask_interval % len(self._blocks)] if is_refresh else []
-        expected = {}
-        for weight in watched:
-            expected[weight] = self._formulas[weight](whole(weight)[own_rows(weight)])
+        expected = {p: sorted_mask(whole(p)[own_rows(p)], self._patterns[p]) for p in watched}
         before = {} if self.covered else {p: int(self.optimizer.state[p]["step"]) for p in self._names}
         yield
         wrong = [self._names[p] for p, mask in expected.items() if not torch.equal(local(self.optimizer.mask(p)), mask)]

@@ -16,7 +16,7 @@ from castlm.core.blocks import is_tower
 from castlm.core.rounding import rounded_layers
 from castlm.core.shards import local
 from castlm.core.sparsify import SparseLayer, transformer_blocks
-from castlm.distributed.world import World
+from castlm.world import World
 
 
 def shard_(module: nn.Module, world: World, precision: str = "fp32") -> None:

@@ -15,10 +15,7 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer, scope_of
 from castlm.data.calibration import CalibrationText
-from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import Encoder, open_encoder
-from castlm.distributed.loading import StoredWeights, fingerprint, open_sharded
-from castlm.distributed.world import World
 from castlm.dtypes import dtype_name
 from castlm.export.hf import check_export, export_blocks, export_model
 from castlm.export.origin import origin_of
@@ -28,6 +25,7 @@ from castlm.files.record import command_of
 from castlm.hardware import available_memory, keep_freed_memory, return_freed_memory, why_slow
 from castlm.models.architecture import is_vision_language, move_
 from castlm.models.io import Loaded, config_hash, fp32_bytes, load_model, save_dtype, tokenizer_hash
+from castlm.models.loading import StoredWeights, fingerprint, open_sharded
 from castlm.oneshot.draw import Draw
 from castlm.oneshot.folder import PROGRESS, begun_work, block_file, partial_folder, remove_work
 from castlm.oneshot.options import Refinements
@@ -39,6 +37,7 @@ from castlm.progress import note, shown_progress
 from castlm.say import silent
 from castlm.structured.cut import check_cut, cut_units
 from castlm.structured.units import Units
+from castlm.world import World
 from castlm_runtime.reading import read_json_object
 
 Memory = Literal["model", "block"]
@@ -52,8 +51,6 @@ def prune_folder(
     steps: Sequence[Step],
     *,
     draw: Draw | None,
-    text_name: str | None = None,
-    options: TextOptions = DEFAULTS,
     memory: Memory = "model",
     device: torch.device = torch.device("cpu"),  # noqa: B008
     dtype: str = "source",
@@ -72,7 +69,7 @@ def prune_folder(
     Args:
         name: a model folder, hub id, GGUF file or "demo".
         method: the name of the method, for castlm.json; `castlm.oneshot.methods.steps_of` gives its `steps`.
-        draw: the calibration text; `text_name` is its name in castlm.json, and `options` say how it is read.
+        draw: the calibration text.
         memory: "block" keeps one transformer block at a time in memory.
         dtype: "bf16", "fp16" or "fp32", the dtype of the files; "source" is the dtype of the stored model.
         allow_dense: see `castlm.export.verify.verify`.
@@ -104,14 +101,14 @@ def prune_folder(
         if checkpoint is None:
             weights = fingerprint(model)
         else:
-            stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern, ranks=world)
+            stored = StoredModel(model, checkpoint, layers, device, kept_dtype, scope.pattern, world=world)
             weights = checkpoint.fingerprint(world)
 
         def read_text() -> tuple[CalibrationText | None, DrawnText | None]:
             if draw is None:
                 return None, None
-            encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
-            return _drawn(draw, text_name, model, layers, encoder, device)
+            encoder = open_encoder([draw.documents], loaded.tokenizer, name, draw.options, **loading)
+            return _drawn(draw, model, layers, encoder, device)
 
         text, calibration = world.on_main(read_text, patient=True)
         if stored is None:
@@ -130,7 +127,7 @@ def prune_folder(
                 restart=overwrite,
                 say=note if world.is_main else silent,
                 progress=progress,
-                ranks=world,
+                world=world,
             )
         step_options = {key: value for step in steps for key, value in step.options().items()}
         record = Facts(
@@ -208,7 +205,6 @@ def _opened(
 
 def _drawn(
     draw: Draw,
-    text_name: str | None,
     model: PreTrainedModel,
     layers: Mapping[str, SparseLayer],
     encoder: Encoder,
@@ -218,8 +214,7 @@ def _drawn(
     text = draw.text(model, layers, encoder, device, note)
     if slow := why_slow(text.precision, device):
         note(slow)
-    sha256 = draw.documents.text_hash()
-    return text, DrawnText(text=text_name, text_sha256=sha256, seed=draw.seed, **text.record())
+    return text, DrawnText(**draw.source(), **text.record())
 
 
 def cut_folder(
@@ -229,8 +224,6 @@ def cut_folder(
     score: str,
     *,
     draw: Draw | None,
-    text_name: str | None = None,
-    options: TextOptions = DEFAULTS,
     refits: bool = True,
     device: torch.device = torch.device("cpu"),  # noqa: B008
     dtype: str = "source",
@@ -241,7 +234,7 @@ def cut_folder(
     """Cuts channels or heads out of a dense model with `cut_units`, and writes the smaller model to `folder`.
 
     Args:
-        draw, text_name, options, dtype, overwrite: as of `prune_folder`.
+        draw, dtype, overwrite: as of `prune_folder`.
 
     Raises:
         InputError: as `cut_units`, `load_model` and `export_model`.
@@ -253,8 +246,8 @@ def cut_folder(
     layers = check_cut(model, units)
     text, calibration = None, None
     if draw is not None:
-        encoder = open_encoder([draw.documents], loaded.tokenizer, name, options, **loading)
-        text, calibration = _drawn(draw, text_name, model, layers, encoder, device)
+        encoder = open_encoder([draw.documents], loaded.tokenizer, name, draw.options, **loading)
+        text, calibration = _drawn(draw, model, layers, encoder, device)
     move_(model, device)
     with shown_progress(f"{score}, transformer blocks", before=None) as progress:
         small, cut, report = cut_units(

@@ -125,9 +125,10 @@ def round_in_groups(
 
 
 _TABLE_ROWS = 16_384
+_TABLE_DAMPING = 0.1
 
 
-def round_table(weight: Tensor, kind: str, hessian: Tensor | None = None, damping: float = 0.1) -> Rounded:
+def round_table(weight: Tensor, kind: str, hessian: Tensor | None = None) -> Rounded:
     """Rounds an output head or an embedding, some rows at a time, as a table has many.
 
     A head reads fewer directions than a layer, and takes more damping: with int4, SmolLM2-135M has 20.87 on 8,192
@@ -141,7 +142,7 @@ def round_table(weight: Tensor, kind: str, hessian: Tensor | None = None, dampin
     if not FORMATS[kind].group:
         return round_rows(weight, kind)
     parts = [
-        round_in_groups(rows, None if hessian is None else hessian.clone(), damping, kind=kind)
+        round_in_groups(rows, None if hessian is None else hessian.clone(), _TABLE_DAMPING, kind=kind)
         for rows in weight.split(_TABLE_ROWS)
     ]
     return Rounded(kind, torch.cat([part.codes for part in parts]), torch.cat([part.scales for part in parts]))

@@ -12,7 +12,7 @@ from typing import Literal
 
 from castlm.core.decay import DECAYS, decay_alpha
 from castlm.core.errors import InputError
-from castlm.fields import Bounded, Needs, choice, essential, number, option
+from castlm.fields import Bounded, Needs, choice, essential, option
 from castlm.methods.table import METHODS, Method, Step0
 
 STABLE = 0.8
@@ -54,7 +54,7 @@ class MethodOptions(Bounded):
         help="Rule by which CAST decays masked weights to zero; see AdamS.",
     )
 
-    decay_end: float | None = number(
+    decay_end: float | None = option(
         None,
         above=0,
         at_most=1,
@@ -66,7 +66,7 @@ class MethodOptions(Bounded):
         "The default is 0.3 for n:m from a given mask, else 0.1.",
     )
 
-    lam: float | Literal["auto"] | None = number(
+    lam: float | Literal["auto"] | None = option(
         None,
         at_least=0,
         needs=(of_methods("lam"), Needs("a decay that uses lam", lambda run: run.reads_lam)),
@@ -76,7 +76,7 @@ class MethodOptions(Bounded):
         "0.005; our tables use 0.05 for stories260K.",
     )
 
-    mask_interval: int = number(
+    mask_interval: int = option(
         10,
         at_least=1,
         needs=(
@@ -92,7 +92,7 @@ class MethodOptions(Bounded):
         "refresh keeps one again if it has grown larger than a kept weight of its group.",
     )
 
-    scale_groups: int = number(
+    scale_groups: int = option(
         2,
         at_least=0,
         needs=of_methods("scale_groups"),
@@ -161,7 +161,7 @@ class AdapterOptions(Bounded):
         "every zero when it is merged; it is also saved in `output_dir/adapter`.",
     )
 
-    lora_r: int = number(
+    lora_r: int = option(
         16,
         at_least=1,
         needs=(of_methods("lora_r"), Needs("adapter shira", lambda run: run.adapter != "none")),
@@ -180,7 +180,7 @@ class OptimizerOptions(Bounded):
         help="Optimizer steps, the horizon T of the method. It cannot change on resume.",
     )
 
-    num_train_epochs: float | None = number(
+    num_train_epochs: float | None = option(
         None,
         above=0,
         at_most=1000,
@@ -201,7 +201,7 @@ class OptimizerOptions(Bounded):
         help="Sequences per device and micro-step.",
     )  # the global batch may not
 
-    gradient_accumulation_steps: int = number(
+    gradient_accumulation_steps: int = option(
         1,
         at_least=1,
         may_change=True,
@@ -215,13 +215,13 @@ class OptimizerOptions(Bounded):
         "warmup_stable_decay, which is constant until the last fifth of the run and then falls linearly.",
     )
 
-    warmup_steps: float = number(
+    warmup_steps: float = option(
         0.05,
         at_least=0,
         help="Steps in which the learning rate rises linearly from 0. Below 1, the share of max_steps.",
     )
 
-    min_lr_ratio: float = number(
+    min_lr_ratio: float = option(
         0.1,
         at_least=0,
         at_most=1,
@@ -229,21 +229,21 @@ class OptimizerOptions(Bounded):
         help="The learning rate ends at this fraction of its peak.",
     )
 
-    weight_decay: float = number(
+    weight_decay: float = option(
         0.0,
         at_least=0,
         help="Decoupled weight decay, as in AdamW, of embeddings, head and layers left dense; in the dense "
         "control, of all weight matrices. Norms, biases, scale factors and sparse weights are not decayed.",
     )
 
-    adam_betas: tuple[float, float] = number(
+    adam_betas: tuple[float, float] = option(
         (0.5, 0.99),
         at_least=0,
         below=1,
         help="Decay rates of Adam's moments.",
     )
 
-    max_grad_norm: float = number(
+    max_grad_norm: float = option(
         1.0,
         at_least=0,
         help="Gradient norm above which gradients are scaled down. 0 turns clipping off.",
@@ -314,9 +314,3 @@ def default_learning_rate(num_weights: int) -> float:
         [0.003, 0.0003, 0.00013, 2.2e-05]
     """
     return float(f"{min(3e-3, 3e-4 * (135e6 / num_weights) ** (2 / 3)):.2g}")
-
-
-def schedule(optimizer: OptimizerOptions, method: MethodOptions) -> tuple[list[float], list[float]]:
-    """The learning rate and the ramp of the decay at each step of a run."""
-    steps = range(optimizer.max_steps)
-    return [optimizer.learning_rate_at(t) for t in steps], [method.alpha(t, optimizer.max_steps) for t in steps]

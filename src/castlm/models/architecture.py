@@ -80,7 +80,7 @@ def embedding_weight(model: PreTrainedModel) -> Tensor:
 def shape_model(config: PretrainedConfig, *, trust_remote_code: bool = False) -> PreTrainedModel:
     """Builds the model of a config on the meta device, linearized, to read its shapes and classes.
 
-    To read weights into a model, use `castlm.distributed.loading.empty_model`.
+    To read weights into a model, use `castlm.models.loading.empty_model`.
     """
     with torch.device("meta"):
         model: PreTrainedModel = auto_class(config).from_config(

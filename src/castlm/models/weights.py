@@ -82,7 +82,7 @@ def stored_weights(
     return read_headers(files, weight_map, index)
 
 
-class Place(NamedTuple):
+class PlaceInModel(NamedTuple):
     """The place of a stored tensor in a model."""
 
     name: str
@@ -93,7 +93,7 @@ class Place(NamedTuple):
     """Whether its axes keep their order and their parts; where they may not, as in a permutation, no axis is known."""
 
 
-def places_in(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+def places_in(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> dict[str, PlaceInModel]:
     """Where `from_pretrained` loads each stored tensor of a model.
 
     transformers renames tensors by patterns, of which many match more names than those that a family writes. So its own
@@ -112,7 +112,7 @@ def places_in(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> 
     shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     keeps_axes = (loading.MergeModulelist, loading.Concatenate, loading.SplitModulelist, loading.Chunk, loading.Split)
     prefix, inside = model.base_model_prefix, model.state_dict()
-    places: dict[str, Place] = {}
+    places: dict[str, PlaceInModel] = {}
     for key, shape in stored.items():
         name, pattern = loading.rename_source_key(key, renamings, converters, prefix, inside)
         if name not in inside and key in inside:
@@ -123,7 +123,7 @@ def places_in(model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]]) -> 
         # Some transpose only a tensor that has another shape than the parameter.
         is_turned = any(not (step.check_dims and shape == shapes.get(name)) for step in turns)
         of_last = all({step.dim0, step.dim1} in ({1, 2}, {-1, -2}) or len(shape) == 2 for step in turns)
-        places[key] = Place(name, is_turned, len(turns) <= 1 and of_last and not others)
+        places[key] = PlaceInModel(name, is_turned, len(turns) <= 1 and of_last and not others)
     return places
 
 

@@ -23,6 +23,7 @@ from castlm.core.cholesky import upper_factor
 from castlm.core.errors import InputError
 from castlm.core.nm import NM
 from castlm.data.calibration import CalibrationText
+from castlm.facts import Basis, BasisChange
 from castlm.oneshot.axes import (
     Term,
     find_permutation,
@@ -34,17 +35,19 @@ from castlm.oneshot.axes import (
 from castlm.oneshot.families import Attention, Block, Mlp, describe
 from castlm.oneshot.inputs import entries_of, see_inputs
 from castlm.oneshot.options import BasisOptions, Effort
-from castlm.oneshot.ranks import ONE_RANK, Ranks, each_by_one
-from castlm.oneshot.report import BasisReport, OneshotReport
+from castlm.oneshot.ranks import each_by_one
+from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.routed import Seen
 from castlm.oneshot.solvers import SOLVERS, damped, row_energies, whole_hessian
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import BlockInputs, Visit
+from castlm.world import ALONE, World
 
 TOLERANCE, TOLERANCE_NARROW = 1e-4, 5e-2
 """Largest difference of an output relative to the largest output, for weights of 32 bits, and for weights of 16 bits,
 which are rounded again after the rotation."""
+_MIN_GAIN = 1e-3  # least relative fall of the error for which a change is kept
 _DAMPING = 0.01  # share of the mean diagonal that is added to a Hessian, as in SparseGPT
 
 Undo = list[tuple[Tensor, Tensor]]
@@ -127,12 +130,12 @@ def change_block_basis_(
     options: BasisOptions,
     effort: Effort,
     pattern: NM,
-    report: BasisReport,
-    ranks: Ranks = ONE_RANK,
+    report: Basis,
+    world: World = ALONE,
 ) -> None:
     """Changes the basis of the values and neurons of the current block of `inputs`, and of the statistics in `seen`.
 
-    Each of `ranks` searches in some of the parts, and all make the same changes.
+    Each rank searches in some of the parts, and all make the same changes.
     """
     statistics = statistics_of(seen)
     attention, turns_values = block.attention, options.rotates_values or options.permute
@@ -142,21 +145,20 @@ def change_block_basis_(
     ]
     if turns_values:
         searches.insert(0, partial(find_turn, attention, statistics, pattern, options, effort))
-    found = each_by_one(ranks, searches)
+    found = each_by_one(world, searches)
     # rank 0 has the first batch
-    before = inputs.first_outputs(is_unchanged=True) if ranks.rank == 0 else None
+    before = inputs.first_outputs(is_unchanged=True) if world.rank == 0 else None
     undo: Undo = []
     if turns_values:
-        change = report.change("values rotated" if options.rotates_values else "values permuted")
+        what = "values rotated" if options.rotates_values else "values permuted"
         of_values = found.pop(0)
-        if of_values is not None and change.decide(of_values.before, of_values.after):
+        if of_values is not None and keeps(report, what, of_values):
             # The order of the changes does not matter: the neurons' search reads other weights and another statistic.
             undo += turn_values_(attention, statistics, of_values.turn)
     if options.permute:
-        change = report.change("MLP neurons permuted")
         for mlp, of_mlp in zip(mlps, found, strict=True):
             assert of_mlp is not None
-            if change.decide(of_mlp.before, of_mlp.after):
+            if keeps(report, "MLP neurons permuted", of_mlp):
                 undo += permute_neurons_(mlp, statistics, of_mlp.turn)
     if not undo:
         return
@@ -167,7 +169,7 @@ def change_block_basis_(
         return moved, moved > tolerance_of(before.dtype)
 
     # The one test of the algebra: rotated and permuted, the block must give the same outputs up to rounding.
-    moved, is_too_far = ranks.on_main(change_of_outputs, patient=True)
+    moved, is_too_far = world.on_main(change_of_outputs, patient=True)
     if is_too_far:
         for weight, old in undo:
             weight.copy_(old)
@@ -188,6 +190,19 @@ class Found(NamedTuple):
     """Rotations (num_kv_heads, head_dim, head_dim), or the order of neurons, int64 (neurons,); on the CPU."""
     before: float
     after: float
+
+
+def keeps(report: Basis, what: str, found: Found) -> bool:
+    """Records the result of a search for the change `what`, and returns whether to make it."""
+    change = next((change for change in report.changes if change.what == what), None)
+    if change is None:
+        report.changes.append(change := BasisChange(what, 0.0, 0.0, 0, 0))
+    is_kept = found.after < found.before * (1 - _MIN_GAIN)
+    change.num_tried += 1
+    change.num_kept += is_kept
+    change.before += (found.before - change.before) / change.num_tried  # means over all searches
+    change.after += ((found.after if is_kept else found.before) - change.after) / change.num_tried
+    return is_kept
 
 
 def find_turn(
@@ -350,6 +365,6 @@ class ChangeBasis(Step):
         # Described again, because the earlier views may be of weights that have left the memory.
         block = describe(visit.source.model)[visit.index]
         change_block_basis_(
-            block, visit.seen, visit.inputs, self.basis, self.effort, self.pattern, report.basis, visit.ranks
+            block, visit.seen, visit.inputs, self.basis, self.effort, self.pattern, report.basis, visit.world
         )
         report.basis.seconds += time.perf_counter() - began

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from castlm.core.errors import InputError
 from castlm.core.sparsify import SparseLayer
 from castlm.data.calibration import CalibrationText, calibration_sequences
 from castlm.data.documents import AnyDocuments
+from castlm.data.options import DEFAULTS, TextOptions
 from castlm.data.tokens import Encoder
 from castlm.hardware import choose_precision
 from castlm.models.architecture import check_of_transformers, context_length
@@ -23,9 +25,13 @@ from castlm.say import Say, silent
 
 @dataclass(frozen=True, kw_only=True)
 class Draw:
-    """The options with which the calibration text of a start is drawn from documents."""
+    """A calibration text, and the options with which sequences are drawn from it."""
 
     documents: AnyDocuments
+    name: str | None = None
+    """The name of the text in castlm.json."""
+    options: TextOptions = DEFAULTS
+    """How it is read."""
     num_sequences: int | None = None
     """None takes `default_sequences` for `effort`."""
     seq_len: int = 0
@@ -48,6 +54,14 @@ class Draw:
         num_sequences = self.num_sequences or default_sequences(layers, seq_len, self.effort)
         sequences, extras = calibration_sequences(self.documents, encoder, num_sequences, seq_len, self.seed, say)
         return CalibrationText(sequences, extras, choose_precision(self.precision, device, model.config))
+
+    def within_context(self, model: PreTrainedModel) -> Draw:
+        """The draw of sequences that are no longer than `calibration_length`."""
+        return replace(self, seq_len=min(self.seq_len, calibration_length(model)))
+
+    def source(self) -> dict[str, Any]:
+        """The text and the seed, for castlm.json."""
+        return {"text": self.name, "text_sha256": self.documents.text_hash(), "seed": self.seed}
 
 
 def calibration_length(model: PreTrainedModel) -> int:

@@ -38,7 +38,7 @@ from castlm.files.atomic_file import (
 )
 from castlm.files.output import begin_output, output_folder
 from castlm.files.record import OUTPUT, command_of
-from castlm.oneshot.ranks import ONE_RANK, Ranks
+from castlm.world import ALONE, World
 from castlm_runtime.reading import read_json_object
 
 FORMAT = 5  # of the record; an unfinished start of another one is refused by name
@@ -105,11 +105,11 @@ class StartFolder:
         path: an existing folder that only these ranks write to.
         options: all options that the result depends on, for JSON.
         restart: begin again if the earlier start has other options or is damaged; otherwise raises `InputError`.
-        ranks: the ranks that make the start, which all see the folder; rank 0 checks what it holds.
+        world: the ranks that make the start, which all see the folder; rank 0 checks what it holds.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False, ranks: Ranks = ONE_RANK) -> None:
-        self.path, self.ranks = path, ranks
+    def __init__(self, path: Path, options: Mapping[str, Any], restart: bool = False, world: World = ALONE) -> None:
+        self.path, self.world = path, world
         # Through JSON, as the saved ones went: tuples become lists.
         self.options = plain_json({"format": FORMAT, **options})
         self.done = 0
@@ -126,7 +126,7 @@ class StartFolder:
                     raise
                 return 0, {}, {}
 
-        self.done, self.results, self._files = ranks.on_main(found, patient=True)
+        self.done, self.results, self._files = world.on_main(found, patient=True)
 
     def _read(self) -> tuple[int, dict[str, Any], dict[str, Any]]:
         file, remedy = self.path / PROGRESS, "overwrite it, or delete its folder to start again"
@@ -172,18 +172,18 @@ class StartFolder:
         Args:
             streams: the hidden states; if `has_next`, the inputs of the next block are written already.
         """
-        written = [self.block_file(done - 1)] if self.ranks.rank == 0 else []
+        written = [self.block_file(done - 1)] if self.world.rank == 0 else []
         if has_next:
             for states in streams:
                 written += states.flush()
         # The hidden states of the block before are deleted below, so that their sizes leave the record; blocks stay.
         self._files = {name: known for name, known in self._files.items() if name.startswith("block-")}
-        for of_rank in self.ranks.gather({file.name: size_and_crc(file) for file in written}, patient=True):
+        for of_rank in self.world.gather({file.name: size_and_crc(file) for file in written}, patient=True):
             self._files |= of_rank
         self.done, self.results = done, results
         record = {"options": self.options, "done": done, "results": results, "files": self._files}
         with self.writing():
-            self.ranks.on_main(lambda: atomic_write_json(self.path / PROGRESS, record), patient=True)
+            self.world.on_main(lambda: atomic_write_json(self.path / PROGRESS, record), patient=True)
         for states in streams:
             states.move_on(has_next)
 

@@ -60,7 +60,7 @@ def see_inputs(
     watch.run_batches()
     if accumulator is not None:
         # An expert that got 1 % of 32,768 tokens has seen 328, fewer than its input has columns: now it sees all.
-        have_few = [routed.see_all(inputs.division.ranks) for routed in watch.routed]
+        have_few = [routed.see_all(inputs.division.world) for routed in watch.routed]
         if any(have_few):
             watch.collects_linear = False  # their sums are complete; a second round would add them twice
             watch.run_batches()
@@ -113,7 +113,7 @@ class _LayerHooks:
                 if self.accumulator is not None:
                     self._find_as_main()
                     for entry in entries_of(self.seen):
-                        entry.end_part(self.inputs.division.ranks, self.accumulator, num_ranks)
+                        entry.end_part(self.inputs.division.world, self.accumulator, num_ranks)
 
     def _run_batch(self, number: int, turn: int, num_layers: int) -> None:
         self.num_calls = 0
@@ -133,13 +133,13 @@ class _LayerHooks:
 
     def _find_as_main(self) -> None:
         """Gives a rank without batches the inputs that rank 0 has found, and every rank samples of the same shape."""
-        ranks, found = self.inputs.division.ranks, self.by_layer
-        if ranks.size == 1:
+        world, found = self.inputs.division.world, self.by_layer
+        if world.size == 1:
             return
         own = [(seen.names, seen.sample.shape if isinstance(seen, LayerInput) else None) for seen in self.seen]
         routed = {seen.names[0]: seen for each in self.routed for seen in each.inputs.values()}
         self.by_layer = {}
-        for names, shape in ranks.on_main(lambda: own, patient=True):
+        for names, shape in world.on_main(lambda: own, patient=True):
             if shape is None:
                 self.by_layer[names[0]] = routed[names[0]]
                 continue
@@ -151,12 +151,12 @@ class _LayerHooks:
             entry.fit_sample(shape)
             self.by_layer |= dict.fromkeys(names, entry)
         for each in self.routed:
-            each.share(ranks, self.inputs.device)
+            each.share(world, self.inputs.device)
 
     def end(self, accumulator: Accumulator) -> None:
         """Ends the last round."""
         for entry in entries_of(self.seen):
-            entry.end(self.inputs.division.ranks, accumulator)
+            entry.end(self.inputs.division.world, accumulator)
 
     def _find_experts(self, seen: RoutedInputs) -> None:
         self.by_layer[seen.names[0]] = seen

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from castlm.oneshot.ranks import Ranks, add_part_, share_sum_
+from castlm.oneshot.ranks import add_part_, share_sum_
+from castlm.world import World
 
 ERROR_TOKENS = 256
 """Calibration tokens on which the reconstruction error of a layer is measured."""
@@ -55,33 +56,33 @@ class LayerInput:
             with torch.autocast(x.device.type, enabled=False):
                 accumulator.add(self._part, rows, num_sequences)
 
-    def end_part(self, ranks: Ranks, accumulator: Accumulator, num_ranks: int) -> None:
+    def end_part(self, world: World, accumulator: Accumulator, num_ranks: int) -> None:
         """Adds the parts of the first `num_ranks` ranks to the statistic of rank 0, in order."""
         totals = accumulator.tensors(self.statistic)
         if self._part is not None:
             parts = accumulator.tensors(self._part)
-        elif ranks.size == 1:  # no token of this part reached the expert
+        elif world.size == 1:  # no token of this part reached the expert
             return
         else:  # no token on this rank; a rank without a part sends none
-            parts = [torch.zeros_like(total) for total in totals] if ranks.rank < num_ranks else totals
+            parts = [torch.zeros_like(total) for total in totals] if world.rank < num_ranks else totals
         for total, part in zip(totals, parts):
-            add_part_(ranks, total, part, num_ranks)
+            add_part_(world, total, part, num_ranks)
         if self._part is not None:
             for part in parts:
                 part.zero_()  # one buffer for all parts: (1536, 1536) fp32 are 9 MiB
 
     def fit_sample(self, shape: torch.Size) -> None:
-        """Gives the sample the shape of another rank's, which `Ranks.share_` will send; its values are lost then."""
+        """Gives the sample the shape of another rank's, which `World.share_` will send; its values are lost then."""
         # a part with few tokens gives a shorter sample
         if self.sample.shape != shape:
             self.sample = self.sample.new_zeros(shape)
 
-    def end(self, ranks: Ranks, accumulator: Accumulator) -> None:
+    def end(self, world: World, accumulator: Accumulator) -> None:
         """Gives every rank the statistic and the sample of rank 0."""
         self._part = None
         for total in accumulator.tensors(self.statistic):
-            share_sum_(ranks, total)
-        ranks.share_(self.sample, 0)
+            share_sum_(world, total)
+        world.share_(self.sample, 0)
 
     def entries(self) -> list[LayerInput]:
         """The inputs that have a statistic of their own."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from castlm.core.errors import InputError, check_type
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
     from castlm.core.sparsify import FilterFn
     from castlm.data.calibration import Extras
-    from castlm.oneshot.report import BasisReport, OneshotReport
+    from castlm.facts import Basis
+    from castlm.oneshot.report import OneshotReport
     from castlm.oneshot.steps.base import Step
 
 
@@ -70,7 +72,7 @@ class Reads(NamedTuple):
     """Whether it reads a text."""
     turns_axes: bool = False
     """Whether the basis may change before it."""
-    read_refinements: tuple[str, ...] = ()
+    refinements: tuple[str, ...] = ()
     """The options of `Refinements` that it reads."""
 
 
@@ -92,7 +94,7 @@ def applied(refinements: Refinements, method: str, pattern: Pattern, effort: str
             effect.
     """
     reads = reads_of(method_of(method, pattern), pattern)._replace(is_calibrated=True)
-    chosen, set_by_effort = Joined(reads, refinements), EFFORTS[effort].options
+    chosen, set_by_effort = Joined(SimpleNamespace(reads=reads), refinements), EFFORTS[effort].options
     asked = {name: value for name, value in asdict(refinements).items() if value != set_by_effort.get(name)}
     for reason in without_effect([Refinements], asked, chosen).values():
         raise InputError(f"{reason} (this is {method} for {pattern}): leave it out")
@@ -198,7 +200,7 @@ def change_basis_(
     precision: str = "fp32",
     say: Say = silent,
     progress: Progress = silent,
-) -> BasisReport:
+) -> Basis:
     """Changes the basis of a dense model in place, without pruning it.
 
     Args:

@@ -9,21 +9,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, TypeVar
 
-from castlm.fields import Bounded, Needs, choice, number, option
+from castlm.fields import Bounded, Needs, choice, option
 
 T = TypeVar("T")
 
-# The conditions of the options below. They ask the options for the facts in `castlm.oneshot.methods.Reads`.
-CALIBRATED = Needs("a solver that reads text, such as sparsegpt", lambda options: options.is_calibrated)
+# The conditions of the options below. They ask the options for `reads`, a `castlm.oneshot.methods.Reads`.
+CALIBRATED = Needs("a solver that reads text, such as sparsegpt", lambda options: options.reads.is_calibrated)
 TURNED = Needs(
     "an n:m pattern and a solver that reads text, such as sparsegpt",
-    lambda options: options.is_calibrated and options.turns_axes,
+    lambda options: options.reads.is_calibrated and options.reads.turns_axes,
 )
 
 
 def _read(name: str, words: str, **more: Any) -> Needs:
     """The condition that the method of a start reads the option `name` of `Refinements`."""
-    return Needs(words, lambda options: name in options.read_refinements, **more)
+    return Needs(words, lambda options: name in options.reads.refinements, **more)
 
 
 _DAMPED = "a solver that inverts a Hessian, such as sparsegpt"
@@ -123,7 +123,7 @@ NO_BASIS = BasisOptions(rotate="off", permute=False)
 class Refinements(Bounded):
     """The damping of SparseGPT, and refinements beyond its published form."""
 
-    mask_iterations: int = number(
+    mask_iterations: int = option(
         16,
         at_least=0,
         at_most=10_000,
@@ -133,7 +133,7 @@ class Refinements(Bounded):
         "inverse. 0 keeps SparseGPT's masks.",
     )
 
-    refit_iterations: int | None = number(
+    refit_iterations: int | None = option(
         None,
         at_least=0,
         needs=(
@@ -144,7 +144,7 @@ class Refinements(Bounded):
         "default is 20, and 0 after mask_iterations, which leave the kept weights near their optimum.",
     )
 
-    reconstruct_epochs: int = number(
+    reconstruct_epochs: int = option(
         0,
         at_least=0,
         needs=(CALIBRATED, _read("reconstruct_epochs", _REFINED)),
@@ -153,7 +153,7 @@ class Refinements(Bounded):
         "that text.",
     )
 
-    damping: float = number(
+    damping: float = option(
         0.01,
         at_least=0,
         at_most=1,

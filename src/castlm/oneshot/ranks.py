@@ -8,18 +8,17 @@ are cut in the same way for any number of ranks, one included:
 
 Ranks take the parts, and the panels, in turns: with 2 ranks, rank 0 has parts 0, 2, 4 and 6. After each turn the main
 rank adds the parts of this turn, and the next one begins, so a rank holds the sum and one part, never eight.
-Importing this module does not import torch.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
-if TYPE_CHECKING:
-    from torch import Tensor
+from torch import Tensor
+
+from castlm.world import World
 
 T = TypeVar("T")
 
@@ -31,53 +30,6 @@ _PANELS = 8  # of a layer with enough rows
 _SENT = 2**24  # elements that are sent at a time
 
 
-class Ranks(Protocol):
-    """The ranks that make a start together, such as `castlm.distributed.world.World`. All of them call each method."""
-
-    @property
-    def rank(self) -> int: ...
-
-    @property
-    def size(self) -> int: ...
-
-    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
-        """Runs `action` on rank 0, and returns its result on every rank."""
-        ...
-
-    def gather(self, value: T, *, patient: bool = False) -> list[T]:
-        """The `value` of every rank, in order."""
-        ...
-
-    def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
-        """On rank 0, adds the `part` of ranks 0, 1, ... `num_ranks` - 1 to `total`, one after another."""
-        ...
-
-    def share_(self, tensor: Tensor, owner: int) -> None:
-        """Gives `tensor`, which is contiguous, the values that it has on rank `owner`."""
-        ...
-
-
-class OneRank:
-    """A process that makes a start alone."""
-
-    rank, size = 0, 1
-
-    def on_main(self, action: Callable[[], T], *, patient: bool = False) -> T:
-        return action()
-
-    def gather(self, value: T, *, patient: bool = False) -> list[T]:
-        return [value]
-
-    def add_in_order_(self, total: Tensor, part: Tensor, num_ranks: int) -> None:
-        total += part
-
-    def share_(self, tensor: Tensor, owner: int) -> None:
-        pass
-
-
-ONE_RANK = OneRank()
-
-
 class Division:
     """The batches of a text, and those that a rank runs.
 
@@ -86,12 +38,12 @@ class Division:
         own: the numbers of the parts of this rank.
     """
 
-    def __init__(self, num_batches: int, ranks: Ranks) -> None:
-        self.ranks = ranks
+    def __init__(self, num_batches: int, world: World) -> None:
+        self.world = world
         num = min(PARTS, num_batches)
         # 13 batches in 8 parts: 1, 2, 1, 2, 2, 1, 2, 2. The cuts depend on the text alone, and so do all sums.
         self.parts = [range(part * num_batches // num, (part + 1) * num_batches // num) for part in range(num)]
-        self.own = list(range(ranks.rank, num, ranks.size))
+        self.own = list(range(world.rank, num, world.size))
 
     @property
     def batches(self) -> list[int]:
@@ -101,7 +53,7 @@ class Division:
     def owner(self, batch: int) -> int:
         """The rank that has a batch."""
         (part,) = (number for number, batches in enumerate(self.parts) if batch in batches)
-        return part % self.ranks.size
+        return part % self.world.size
 
     def turns(self) -> Iterator[tuple[int, range]]:
         """For each turn, the number of ranks that have a part in it, and the own batches of it, counted on this rank.
@@ -110,26 +62,26 @@ class Division:
         """
         begin = 0
         # 8 parts on 3 ranks are three turns, of 3, 3 and 2 parts. Rank 2 has no part in the last, and sends none.
-        for first in range(0, len(self.parts), self.ranks.size):
-            own = first + self.ranks.rank
+        for first in range(0, len(self.parts), self.world.size):
+            own = first + self.world.rank
             end = begin + (len(self.parts[own]) if own < len(self.parts) else 0)
-            yield min(self.ranks.size, len(self.parts) - first), range(begin, end)
+            yield min(self.world.size, len(self.parts) - first), range(begin, end)
             begin = end
 
 
-def add_part_(ranks: Ranks, total: Tensor, part: Tensor, num_ranks: int) -> None:
+def add_part_(world: World, total: Tensor, part: Tensor, num_ranks: int) -> None:
     """On rank 0, adds to `total` the `part` of the first `num_ranks` ranks. Of square matrices, only the upper half."""
     for of_total, of_part in zip(_pieces(total), _pieces(part)):
-        ranks.add_in_order_(of_total, of_part, num_ranks)
+        world.add_in_order_(of_total, of_part, num_ranks)
 
 
-def share_sum_(ranks: Ranks, total: Tensor) -> None:
+def share_sum_(world: World, total: Tensor) -> None:
     """Gives every rank rank 0's `total`. Of square matrices, only the upper half."""
-    if ranks.size == 1:
+    if world.size == 1:
         return
     for piece in _pieces(total):
         sent = piece.contiguous()
-        ranks.share_(sent, 0)
+        world.share_(sent, 0)
         piece.copy_(sent)
 
 
@@ -152,7 +104,7 @@ def panels_of(num_rows: int) -> list[slice]:
     return [slice(start, min(start + size, num_rows)) for start in range(0, num_rows, size)]
 
 
-def by_rows(ranks: Ranks, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor:
+def by_rows(world: World, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor:
     """Applies a function of rows that does not mix them to all rows of `matrices`, (rows, columns).
 
     Each rank computes some panels of rows and receives the others.
@@ -164,63 +116,43 @@ def by_rows(ranks: Ranks, function: Callable[..., Any], *matrices: Tensor, at_on
     first = matrices[0]
     panels = panels_of(len(first))
     result = first.new_empty(first.shape)
-    own = panels[ranks.rank :: ranks.size]
+    own = panels[world.rank :: world.size]
     of_panels = [tuple(matrix[panel] for matrix in matrices) for panel in own]  # views
     found = function(of_panels) if at_once else (function(*rows) for rows in of_panels)
     # `found` comes first: a rank without panels takes part in what a generator shares with the others.
     for rows, panel in zip(found, own, strict=True):
         result[panel] = rows
-    if ranks.size > 1:
+    if world.size > 1:
         for number, panel in enumerate(panels):  # rows of a panel are contiguous in `result`
-            ranks.share_(result[panel], number % ranks.size)
+            world.share_(result[panel], number % world.size)
     return result
 
 
-class ByRows(Protocol):
-    """`by_rows` for some ranks, as solvers get it: they know that rows are independent, and nothing of ranks."""
-
-    def __call__(self, function: Callable[..., Any], *matrices: Tensor, at_once: bool = False) -> Tensor: ...
-
-
-ALONE: ByRows = partial(by_rows, ONE_RANK)
-"""`by_rows` of one rank."""
-
-
-def share_each(ranks: Ranks, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]:
+def share_each(world: World, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]:
     """Yields the tensors of `makers` in order on every rank; each is contiguous, shaped like `like`, and made by one.
 
     The ranks make as many at a time as there are ranks. A rank holds its own beside the one that it gets.
     """
-    for first in range(0, len(makers), ranks.size):
-        numbers = range(first, min(first + ranks.size, len(makers)))
-        own = makers[first + ranks.rank]() if first + ranks.rank in numbers else None
+    for first in range(0, len(makers), world.size):
+        numbers = range(first, min(first + world.size, len(makers)))
+        own = makers[first + world.rank]() if first + world.rank in numbers else None
         for owner in range(len(numbers)):
-            if own is not None and owner == ranks.rank:
+            if own is not None and owner == world.rank:
                 made, own = own, None
             else:
                 made = like.new_empty(like.shape)
-            ranks.share_(made, owner)
+            world.share_(made, owner)
             yield made
             del made  # before the next one is made
 
 
-class ShareEach(Protocol):
-    """`share_each` for some ranks, as solvers get it."""
-
-    def __call__(self, makers: Sequence[Callable[[], Tensor]], like: Tensor) -> Iterator[Tensor]: ...
-
-
-ALONE_EACH: ShareEach = partial(share_each, ONE_RANK)
-"""`share_each` of one rank."""
-
-
-def each_by_one(ranks: Ranks, tasks: Sequence[Callable[[], T]]) -> list[T]:
+def each_by_one(world: World, tasks: Sequence[Callable[[], T]]) -> list[T]:
     """Runs each of `tasks` on one rank, and returns all results, which are small and on a CPU, on every rank.
 
     One rank decides for all, because processors of two kinds may round to two different decisions.
     """
     # rank 1 of 2 does tasks 1, 3, 5
-    done: dict[int, Any] = {number: tasks[number]() for number in range(ranks.rank, len(tasks), ranks.size)}
-    for other in ranks.gather(done, patient=True):
+    done: dict[int, Any] = {number: tasks[number]() for number in range(world.rank, len(tasks), world.size)}
+    for other in world.gather(done, patient=True):
         done |= other
     return [done[number] for number in range(len(tasks))]

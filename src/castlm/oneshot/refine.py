@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from castlm.core.nm import Pattern
-from castlm.oneshot.ranks import ALONE, ALONE_EACH, ByRows, ShareEach
+from castlm.oneshot.ranks import by_rows, share_each
 from castlm.oneshot.solvers import row_energies
+from castlm.world import ALONE, World
 
 FIRST_PENALTY, LAST_PENALTY = 0.1, 1.0
 """Penalty on the squared distance between dense and n:m weights, for a Hessian whose diagonal is scaled to 1; it grows
@@ -27,8 +28,7 @@ def improve_masks(
     hessian: Tensor,
     pattern: Pattern,
     iterations: int,
-    by_rows: ByRows = ALONE,
-    share_each: ShareEach = ALONE_EACH,
+    world: World = ALONE,
 ) -> Tensor:
     """Weights with new masks that lower |X weight^T - X target^T|^2; a row that does not improve stays as it is.
 
@@ -41,8 +41,8 @@ def improve_masks(
         target: (rows, columns), the dense weights.
         hessian: X^T X, (columns, columns), damped, so that its diagonal is positive.
         iterations: each multiplies the weight by a (columns, columns) matrix, on a CPU twice.
-        by_rows: divides the rows into panels. On a CPU this bounds the memory to six times a panel.
-        share_each: divides the inverses that a GPU takes.
+        world: the ranks that divide the panels of rows, whose size bounds the memory of a CPU to six times a panel, and
+            the inverses that a GPU takes.
 
     Returns:
         (rows, columns), of `pattern`. The kept weights are near their optimum; a refit reaches it.
@@ -50,7 +50,7 @@ def improve_masks(
     # In units in which each input has energy 1, one penalty fits all columns: H' = S^-1 H S^-1, W' = W S.
     scale = hessian.diagonal().sqrt()  # (576,)
     penalties = torch.logspace(0, 1, iterations, base=LAST_PENALTY / FIRST_PENALTY).mul_(FIRST_PENALTY).tolist()
-    system = system_of((hessian / scale).div_(scale.unsqueeze(1)), penalties, share_each)
+    system = system_of((hessian / scale).div_(scale.unsqueeze(1)), penalties, world)
 
     def improved(panels: Sequence[tuple[Tensor, ...]]) -> Iterator[Tensor]:
         # The mask of W S is chosen by |w_j| * |X_j|, Wanda's score, where that of W would ignore the inputs.
@@ -66,8 +66,8 @@ def improve_masks(
             yield torch.where(is_better.unsqueeze(1), new, sparse)
 
     if system.at_once:
-        return by_rows(improved, weight, target, at_once=True)
-    return by_rows(lambda *panel: next(improved([panel])), weight, target)
+        return by_rows(world, improved, weight, target, at_once=True)
+    return by_rows(world, lambda *panel: next(improved([panel])), weight, target)
 
 
 class _Rows:
@@ -102,7 +102,7 @@ class Eigenvectors:
     at_once = False
     """Whether all panels of rows take an iteration before any takes the next."""
 
-    def __init__(self, hessian: Tensor, penalties: Sequence[float], share_each: ShareEach = ALONE_EACH) -> None:
+    def __init__(self, hessian: Tensor, penalties: Sequence[float], world: World = ALONE) -> None:
         self.values: Tensor
         self.vectors: Tensor
         self.values, self.vectors = torch.linalg.eigh(hessian)
@@ -134,9 +134,9 @@ class Inverses:
 
     at_once = True
 
-    def __init__(self, hessian: Tensor, penalties: Sequence[float], share_each: ShareEach = ALONE_EACH) -> None:
+    def __init__(self, hessian: Tensor, penalties: Sequence[float], world: World = ALONE) -> None:
         self.hessian = hessian
-        self._inverses = share_each([partial(self._inverse, penalty) for penalty in penalties], hessian)
+        self._inverses = share_each(world, [partial(self._inverse, penalty) for penalty in penalties], hessian)
 
     def pull(self, target: Tensor) -> Tensor:
         return target @ self.hessian
@@ -161,13 +161,13 @@ class Inverses:
 System = Eigenvectors | Inverses
 
 
-def system_of(hessian: Tensor, penalties: Sequence[float], share_each: ShareEach) -> System:
+def system_of(hessian: Tensor, penalties: Sequence[float], world: World) -> System:
     """The system of a scaled Hessian that suits its device."""
     kind = Eigenvectors if hessian.device.type == "cpu" else Inverses
-    return kind(hessian, penalties, share_each)
+    return kind(hessian, penalties, world)
 
 
-def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, by_rows: ByRows = ALONE) -> Tensor:
+def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, world: World = ALONE) -> Tensor:
     """Moves the non-zeros of `weight` (rows, columns) towards the minimum of |X weight^T - X target^T|^2.
 
     SparseGPT compensates a pruned weight only with weights to its right; this uses all kept weights of a row. It runs
@@ -175,7 +175,7 @@ def refit(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int, by_r
     set of an iteration in the processor's cache, preconditioned by the diagonal of `hessian` = X^T X, damped. A row
     that does not improve stays as it is.
     """
-    return by_rows(lambda rows, target_rows: _refit_rows(rows, target_rows, hessian, iterations), weight, target)
+    return by_rows(world, lambda rows, target_rows: _refit_rows(rows, target_rows, hessian, iterations), weight, target)
 
 
 def _refit_rows(weight: Tensor, target: Tensor, hessian: Tensor, iterations: int) -> Tensor:

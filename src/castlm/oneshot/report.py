@@ -9,10 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from castlm.facts import Basis, BasisChange, Solved
+from castlm.facts import Basis, BasisChange, Reconstructed, Solved
 from castlm.oneshot.routed import calibrated_on_all_note
-
-_MIN_GAIN = 1e-3  # least relative fall of the error for which a change of basis is kept
 
 
 @dataclass
@@ -49,59 +47,6 @@ class LayerResult:
 
 
 @dataclass
-class Reconstruction:
-    """Reconstruction of one block: squared output error on held-out sequences, relative to |output - input|^2."""
-
-    before: float
-    after: float
-    epochs: int
-    """The number of epochs that were run; it stops when the held-out error rises."""
-
-
-@dataclass
-class Change:
-    """One kind of change over the whole model, with the mean relative error of its layers solved by SparseGPT."""
-
-    what: str
-    before: float = 0.0
-    after: float = 0.0
-    num_kept: int = 0
-    num_tried: int = 0
-
-    def decide(self, before: float, after: float) -> bool:
-        """Records a change of the error from `before` to `after`, and returns whether to keep it."""
-        keep = after < before * (1 - _MIN_GAIN)
-        self.num_tried += 1
-        self.num_kept += keep
-        self.before += (before - self.before) / self.num_tried
-        self.after += ((after if keep else before) - self.after) / self.num_tried
-        return keep
-
-    def __str__(self) -> str:
-        where = f"{self.num_kept} of {self.num_tried} kept, " if self.num_kept < self.num_tried else ""
-        return f"{self.what}: {where}layer error {self.before:.4f} -> {self.after:.4f}"
-
-
-@dataclass
-class BasisReport:
-    """The changes of basis of a start."""
-
-    changes: list[Change] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
-    """A line for each change that was omitted or undone, with the reason."""
-    moved: float = 0.0
-    """Largest difference of a block's output, relative to the largest."""
-    seconds: float = 0.0
-
-    def change(self, what: str) -> Change:
-        """The change with this name; a new one if no earlier block has tried it."""
-        found = next((change for change in self.changes if change.what == what), None)
-        if found is None:
-            self.changes.append(found := Change(what))
-        return found
-
-
-@dataclass
 class OneshotReport:
     """The result of a start: its layers and its changes of basis."""
 
@@ -110,13 +55,13 @@ class OneshotReport:
     layers: list[LayerResult] = field(default_factory=list)
     left_dense: dict[str, str] = field(default_factory=dict)
     """The reason for each layer that stays dense, by name."""
-    reconstructions: list[Reconstruction] = field(default_factory=list)
+    reconstructions: list[Reconstructed] = field(default_factory=list)
     """One for each block, if blocks are reconstructed."""
     share: float = 1.0
     """The share of the layers in the weights by which the transformer blocks multiply; of `castlm prune`."""
     seconds: float = 0.0
     """Time without the changes of basis."""
-    basis: BasisReport = field(default_factory=BasisReport)
+    basis: Basis = field(default_factory=Basis)
 
     def saved(self) -> dict[str, Any]:
         """The results of the finished blocks, for JSON."""
@@ -133,10 +78,10 @@ class OneshotReport:
     def restore_(self, saved: Mapping[str, Any]) -> None:
         """Restores the results that an earlier process has `saved`."""
         self.layers = [LayerResult(**{**layer, "shape": tuple(layer["shape"])}) for layer in saved["layers"]]
-        self.reconstructions = [Reconstruction(**block) for block in saved["reconstructions"]]
-        self.seconds, self.basis.seconds = saved["seconds"], saved["basis_seconds"]
-        self.basis.changes = [Change(**change) for change in saved["changes"]]
-        self.basis.notes, self.basis.moved = list(saved["notes"]), saved["moved"]
+        self.reconstructions = [Reconstructed(**block) for block in saved["reconstructions"]]
+        changes = [BasisChange(**change) for change in saved["changes"]]
+        self.basis = Basis(changes, list(saved["notes"]), saved["moved"], saved["basis_seconds"])
+        self.seconds = saved["seconds"]
 
     @property
     def zero_fraction(self) -> float:
@@ -176,14 +121,8 @@ class OneshotReport:
 
     def solved(self) -> Solved:
         """The entries of castlm.json about the start."""
-        basis = self.basis
         return Solved(
-            basis=Basis(
-                changes=[BasisChange(**asdict(change)) for change in basis.changes],
-                notes=basis.notes,
-                moved=basis.moved,
-                seconds=basis.seconds,
-            ),
+            basis=self.basis,
             prune_seconds=round(self.seconds, 2),
             damping=self.damping,
             raised_damping=None if self.damping is None else self.raised_damping,

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from castlm.core.errors import InputError
 from castlm.core.experts import ExpertLinear, activate, expert_layers
 from castlm.oneshot.layer_input import Accumulator, LayerInput
-from castlm.oneshot.ranks import Ranks
+from castlm.world import World
 
 _REMEDY = "use magnitude without calibration, or leave its experts dense"
 
@@ -79,7 +79,7 @@ class _Experts:
         """
         raise NotImplementedError
 
-    def see_all(self, ranks: Ranks) -> bool:
+    def see_all(self, world: World) -> bool:
         """From now on, all tokens are seen by the experts that have seen too few; all ranks call it.
 
         Returns:
@@ -87,7 +87,7 @@ class _Experts:
         """
         raise NotImplementedError
 
-    def share(self, ranks: Ranks, device: torch.device) -> None:
+    def share(self, world: World, device: torch.device) -> None:
         """Gives every rank an input of each expert that has got tokens on any rank; all ranks call it after a turn.
 
         Its sample is that of the first rank in the turn, which has the first of its tokens in the order of the text.
@@ -96,7 +96,7 @@ class _Experts:
             layer: {expert: entry.sample.shape for expert, entry in seen.experts.items()}
             for layer, seen in self.inputs.items()
         }
-        everywhere = ranks.gather(own, patient=True)
+        everywhere = world.gather(own, patient=True)
         for layer, seen in self.inputs.items():
             first: dict[int, tuple[int, torch.Size]] = {}
             for rank, of_rank in enumerate(everywhere):
@@ -108,7 +108,7 @@ class _Experts:
                 entry = seen.experts[expert]
                 entry.fit_sample(shape)
                 if owner:  # in the end, all ranks get the samples of rank 0
-                    ranks.share_(entry.sample, owner)
+                    world.share_(entry.sample, owner)
 
     def _see(self, seen: RoutedInputs, expert: int, x: Tensor) -> None:
         """Adds x (tokens, in) to the statistic of an expert."""
@@ -189,10 +189,10 @@ class Routed(_Experts):
             for projection, seen in self.inputs.items():
                 self._see(seen, expert, tokens if projection == self.up else self._neurons(expert, tokens))
 
-    def see_all(self, ranks: Ranks) -> bool:
+    def see_all(self, world: World) -> bool:
         # X^T X of fewer tokens than columns has no inverse: (2048, 2048) of 300 tokens has rank 300.
         least = max(self.layers[projection].in_features for projection in self.inputs)
-        num_tokens = [sum(of_ranks) for of_ranks in zip(*ranks.gather(self.num_tokens, patient=True))]
+        num_tokens = [sum(of_ranks) for of_ranks in zip(*world.gather(self.num_tokens, patient=True))]
         few = [expert for expert, number in enumerate(num_tokens) if number < least]
         for seen in self.inputs.values():
             seen.few = few
@@ -282,8 +282,8 @@ class Watched(_Experts):
             stack.enter_context(products)
             yield
 
-    def see_all(self, ranks: Ranks) -> bool:
-        of_ranks = ranks.gather(self.num_tokens, patient=True)
+    def see_all(self, world: World) -> bool:
+        of_ranks = world.gather(self.num_tokens, patient=True)
         few: set[int] = set()
         for name, seen in self.inputs.items():
             numbers = enumerate(map(sum, zip(*(numbers[name] for numbers in of_ranks))))

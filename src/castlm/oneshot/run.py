@@ -25,16 +25,14 @@ from castlm.oneshot.draw import check_calibration
 from castlm.oneshot.folder import StartFolder
 from castlm.oneshot.inputs import check_plain_weights
 from castlm.oneshot.layer_input import ERROR_TOKENS
-from castlm.oneshot.ranks import ONE_RANK, Ranks
 from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import walk
 from castlm.say import Progress, Say, silent
+from castlm.world import ALONE, World
 
 _SHORT = 10.0  # seconds; the time that a shorter start will take is not announced
-
-"""Called with (finished blocks, all blocks): first with those of an earlier process, then after each block."""
 
 
 @torch.no_grad()
@@ -49,7 +47,7 @@ def run_start(
     say: Say = silent,
     progress: Progress = silent,
     time_after: Callable[[float], str] = lambda seconds_per_token: "",
-    ranks: Ranks = ONE_RANK,
+    world: World = ALONE,
 ) -> OneshotReport:
     """Takes the steps in each transformer block of a model, in place; of a `StoredModel`, into `folder`.
 
@@ -64,9 +62,10 @@ def run_start(
         restart: begin again if `folder` holds an unfinished start with other options, or a damaged one.
         say: called with a line about each change of basis that was made, omitted or undone, and about the remaining
             time.
+        progress: called with (finished blocks, all blocks): first with those of an earlier process.
         time_after: words about the time of what follows the start, from the seconds of one token in the forward pass of
             one block.
-        ranks: the ranks that make the start together, each with the same arguments and a source of its own. They
+        world: the ranks that make the start together, each with the same arguments and a source of its own. They
             divide the text and the rows, and end with the same blocks. Steps that are not `divided` take one rank.
 
     Raises:
@@ -74,7 +73,7 @@ def run_start(
             layer that is not finite, a model that cannot be followed block by block, or an unfinished start with other
             options in `folder`.
     """
-    assert ranks.size == 1 or all(step.is_divided for step in steps)
+    assert world.size == 1 or all(step.is_divided for step in steps)
     check_plain_weights(source.layers)
     if text is not None:
         check_calibration(source.model, text.sequences)
@@ -90,7 +89,7 @@ def run_start(
         options = {"device": source.device.type, **(facts or {}), **(text.record() if text else {})}
         for step in steps:
             options |= step.options()
-        work = StartFolder(folder, options, restart, ranks)
+        work = StartFolder(folder, options, restart, world)
     report = OneshotReport()
     started = time.perf_counter()
     with eval_mode(source.model):
@@ -108,7 +107,7 @@ def run_start(
             folder=work,
             results=report.saved,
             progress=progress,
-            ranks=ranks,
+            world=world,
         )
         first_started = 0.0
         for number, visit in enumerate(visits):
@@ -124,7 +123,6 @@ def run_start(
                 step(visit, report)
             report.seconds = time.perf_counter() - started - report.basis.seconds
         report.seconds = time.perf_counter() - started - report.basis.seconds
-    report.basis.changes = [change for change in report.basis.changes if change.num_tried]
     for line in (*report.basis.changes, *report.basis.notes):
         say(str(line))
     return report

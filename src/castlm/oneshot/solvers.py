@@ -10,14 +10,12 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from castlm.core.nm import NM, Pattern
-from castlm.oneshot.options import NO_REFINEMENTS, Refinements
-from castlm.oneshot.ranks import ALONE, ALONE_EACH, ByRows, ShareEach
+from castlm.oneshot.options import Refinements
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-MIN_DAMPING = 1e-3
-"""Smallest damping, as a share of the mean diagonal, where a Hessian is inverted outside SparseGPT."""
+    from castlm.world import World
 
 # Columns of X^T X at a time. On a CPU, 256 take a tenth longer for 1,024 tokens of 576 or 1,536 columns (Zen 3). Tensor
 # cores need more to be busy: 512 of 14,336 columns read x 28 times, and compute 3 % below the diagonal in vain.
@@ -28,11 +26,9 @@ class Settings(NamedTuple):
     """The settings of a start that solvers and refinements read."""
 
     pattern: Pattern
-    refinements: Refinements = NO_REFINEMENTS
-    by_rows: ByRows = ALONE
-    """Solves the rows of a layer in panels: `by_rows(function, *matrices)` is `function(*rows)` for each of them."""
-    share_each: ShareEach = ALONE_EACH
-    """Makes tensors that all ranks need, each on one of them: see `castlm.oneshot.ranks.share_each`."""
+    refinements: Refinements
+    world: World
+    """The ranks that solve the rows together; see `castlm.oneshot.ranks.by_rows`."""
 
 
 class Pruned(NamedTuple):
@@ -131,7 +127,7 @@ class SparseGPT(Solver):
         assert isinstance(settings.pattern, NM)
         pattern, damping = settings.pattern, settings.refinements.damping
         hessian = whole_hessian(statistic)
-        return Pruned(*sparsegpt(weight, hessian, pattern.n, pattern.m, damping, by_rows=settings.by_rows))
+        return Pruned(*sparsegpt(weight, hessian, pattern.n, pattern.m, damping, world=settings.world))
 
     def add(self, statistic: Tensor, x: Tensor, num_sequences: int) -> None:
         add_hessian(statistic, x, num_sequences)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,9 @@ from castlm.core.errors import InputError, check_finite
 from castlm.core.nm import Pattern
 from castlm.core.sparsify import SparseLayer
 from castlm.models.architecture import backbone, replaced_forward
+from castlm.models.loading import StoredWeights
 from castlm.models.stored_layout import StoredLayout
-from castlm.oneshot.ranks import ONE_RANK, Ranks
+from castlm.world import ALONE, World
 
 
 def block_stack(model: nn.Module, layer_names: Iterable[str]) -> tuple[str, list[nn.Module]]:
@@ -91,31 +92,17 @@ DENSE = "dense:"
 """Before the names of layers whose dense weights are in the file of a block."""
 
 
-class StoredWeights(Protocol):
-    """The files of a model's weights, as `castlm.distributed.loading.StoredWeights`."""
-
-    @property
-    def source(self) -> str: ...
-
-    @property
-    def places(self) -> Iterable[str]:
-        """The names of the parameters in the model."""
-        ...
-
-    def read(self, name: str) -> Tensor: ...
-
-
 class StoredModel:
     """A model on the meta device, with the files of its weights.
 
     Args:
-        model: as `castlm.distributed.loading.open_sharded` returns it: parameters on the meta device, buffers real.
+        model: as `open_sharded` returns it: parameters on the meta device, buffers real.
         layers: the layers that a start changes, by name; their blocks are the stack that the walk follows.
         device: the device to which weights are read, in fp32.
         dtype: the dtype of the weights of finished blocks, which are laid out as in a file of the model. None is for
             training: they are as `MemoryModel` has them.
         pattern, keeps_dense: as of `MemoryModel`.
-        ranks: the ranks that make the start, which read each block together: a weight is read by one of them.
+        world: the ranks that make the start, which read each block together: a weight is read by one of them.
     """
 
     is_whole = False
@@ -129,9 +116,9 @@ class StoredModel:
         dtype: torch.dtype | None,
         pattern: Pattern | None = None,
         keeps_dense: bool = False,
-        ranks: Ranks = ONE_RANK,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.layers, self.pattern, self.ranks = model, layers, pattern, ranks
+        self.model, self.layers, self.pattern, self.world = model, layers, pattern, world
         self.keeps_dense = keeps_dense
         self.dense: dict[str, Tensor] = {}
         """The dense weights of the block at work, on the CPU, by the name of the layer."""
@@ -146,7 +133,7 @@ class StoredModel:
         """Holds one transformer block in memory; all ranks call it. Raises `InputError` for a weight that is not
         finite."""
         with ExitStack() as stack:
-            self._read_(self.blocks[index], f"{self.stack}.{index}.", stack, ranks=self.ranks)
+            self._read_(self.blocks[index], f"{self.stack}.{index}.", stack, world=self.world)
             yield self.blocks[index]
 
     @contextmanager
@@ -220,22 +207,22 @@ class StoredModel:
         stack: ExitStack,
         recurse: bool = True,
         widen: bool = True,
-        ranks: Ranks = ONE_RANK,
+        world: World = ALONE,
     ) -> None:
         """Reads the parameters of a module, whose names in the model begin with `prefix`, until `stack` is closed.
 
-        With several `ranks`, each reads some of them and gets the others.
+        With several ranks, each reads some of them and gets the others.
         """
         for number, (name, parameter) in enumerate(list(module.named_parameters(recurse=recurse))):
             parent, _, leaf = name.rpartition(".")
-            holder, owner = module.get_submodule(parent), number % ranks.size
-            if ranks.rank == owner:
+            holder, owner = module.get_submodule(parent), number % world.size
+            if world.rank == owner:
                 value = self._stored(prefix + name).to(self.device, torch.float32 if widen else None).contiguous()
             else:
                 value = torch.empty(parameter.shape, device=self.device)
-            if ranks.size > 1:
+            if world.size > 1:
                 assert widen
-                ranks.share_(value, owner)
+                world.share_(value, owner)
             stack.callback(setattr, holder, leaf, parameter)  # back to the one on the meta device
             setattr(holder, leaf, nn.Parameter(value, requires_grad=False))
 

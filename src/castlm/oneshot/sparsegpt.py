@@ -16,7 +16,8 @@ from torch import Tensor
 from castlm.core.cholesky import upper_factor
 from castlm.core.native import in_reach, library_of, load_library, pointer
 from castlm.hardware import captured
-from castlm.oneshot.ranks import ALONE, ByRows
+from castlm.oneshot.ranks import by_rows
+from castlm.world import ALONE, World
 
 _MAX_COMPARED = 16
 """Weights of a group whose pairs are compared; longer groups are sorted."""
@@ -29,7 +30,7 @@ def sparsegpt(
     m: int = 4,
     damping: float = 0.01,
     block_size: int = 128,
-    by_rows: ByRows = ALONE,
+    world: World = ALONE,
 ) -> tuple[Tensor, float]:
     """Prunes a layer and updates its kept weights so that they compensate for the pruned ones.
 
@@ -48,7 +49,7 @@ def sparsegpt(
         weight: (rows, columns), fp32.
         hessian: (columns, columns), fp32, symmetric; it is overwritten.
         damping: the share of the mean of H's diagonal that is added to the diagonal.
-        by_rows: divides the rows.
+        world: the ranks that divide the rows.
 
     Returns:
         The new weight (rows, columns), and the damping, see `lower_factor`.
@@ -58,18 +59,18 @@ def sparsegpt(
     diagonal[dead] = 1
     weight = weight.masked_fill(dead, 0)
     factor, damping = upper_factor(hessian, damping)
-    return sparsegpt_by_factor(weight, factor, n, m, block_size, by_rows), damping
+    return sparsegpt_by_factor(weight, factor, n, m, block_size, world), damping
 
 
 def sparsegpt_by_factor(
-    weight: Tensor, factor: Tensor, n: int, m: int, block_size: int = 128, by_rows: ByRows = ALONE
+    weight: Tensor, factor: Tensor, n: int, m: int, block_size: int = 128, world: World = ALONE
 ) -> Tensor:
     """`sparsegpt` of a weight (rows, columns) whose dead columns are 0, by the `upper_factor` of the Hessian.
 
     On an accelerator the launches take most of the time, so that all rows are swept at once.
     """
     solve = _Sweep(factor, n, m, max(m, block_size - block_size % m))
-    return by_rows(solve, weight) if weight.device.type == "cpu" else solve(weight)
+    return by_rows(world, solve, weight) if weight.device.type == "cpu" else solve(weight)
 
 
 class _Sweep:

@@ -30,10 +30,11 @@ from castlm.data.calibration import CalibrationText, Extras
 from castlm.hardware import autocast, available_memory
 from castlm.models.architecture import backbone, replaced_forward
 from castlm.oneshot.folder import HiddenStates, StartFolder
-from castlm.oneshot.ranks import ONE_RANK, Division, Ranks
+from castlm.oneshot.ranks import Division
 from castlm.oneshot.routed import Seen
 from castlm.oneshot.source import Source
 from castlm.say import Progress, silent
+from castlm.world import ALONE, World
 
 # Tokens per forward pass: short sequences are batched, because calls of operators have a cost. On a CPU with 1 MiB of
 # L2, 2,048 are a tenth slower than 1,024 (SmolLM2-135M): tensors between operators no longer fit in the cache.
@@ -55,7 +56,7 @@ class Visit:
     """None without calibration text, and after the last block with layers that the start changes."""
     dense_outputs: Sequence[Tensor]
     """The outputs of the block in the dense model for each batch; empty unless `follows_dense`."""
-    ranks: Ranks = ONE_RANK
+    world: World = ALONE
     """The ranks that make the start, of which this is one."""
     beside: dict[str, Tensor] = field(default_factory=dict)
     """Tensors that steps leave in the file of the block beside its weights, by names that no weight has."""
@@ -72,7 +73,7 @@ def walk(
     folder: StartFolder | None = None,
     results: Callable[[], dict[str, Any]] = dict,
     progress: Progress = silent,
-    ranks: Ranks = ONE_RANK,
+    world: World = ALONE,
 ) -> Iterator[Visit]:
     """Yields one transformer block after another, which the caller may change before it asks for the next.
 
@@ -83,7 +84,7 @@ def walk(
         follows_dense: also run the text through the dense blocks, each before it is changed.
         results: returns the results of the finished blocks, for the record.
         progress: called with (finished blocks, all blocks): first with those of an earlier process.
-        ranks: the ranks that walk together; each must change a block in the same way.
+        world: the ranks that walk together; each must change a block in the same way.
     """
     num_blocks = len(source.blocks)
     layers_of = [
@@ -96,13 +97,13 @@ def walk(
     progress(first, num_blocks)
     inputs = None
     if text is not None and first <= last:
-        states = _states(source, text, folder, ranks, "hidden")
+        states = _states(source, text, folder, world, "hidden")
         with writing(), source.entering():
             inputs = BlockInputs(
-                source.model, source.blocks, text.sequences, states, first, text.extras, text.precision, ranks
+                source.model, source.blocks, text.sequences, states, first, text.extras, text.precision, world
             )
         if follows_dense:
-            inputs.dense = _states(source, text, folder, ranks, "dense")
+            inputs.dense = _states(source, text, folder, world, "dense")
             # Nothing is pruned before block 0, so that both rows of the drawing above begin with the same states.
             if not len(inputs.dense):  # before the first block, the inputs are the dense model's too
                 inputs.dense.extend(inputs.states)
@@ -119,10 +120,10 @@ def walk(
             # Before the yield, as the steps change the block that these outputs come from.
             if inputs is not None and follows_dense:
                 dense_outputs = inputs.dense_outputs()
-            visit = Visit(source, index, layers_of[index], inputs, dense_outputs, ranks)
+            visit = Visit(source, index, layers_of[index], inputs, dense_outputs, world)
             yield visit
             # every rank has the same block
-            if folder is not None and ranks.rank == 0:
+            if folder is not None and world.rank == 0:
                 folder.write_block(index, source.finished(index) | visit.beside)
             if inputs is not None and index < last:
                 inputs.advance()
@@ -135,7 +136,7 @@ def walk(
 
 
 def _states(
-    source: Source, text: CalibrationText, folder: StartFolder | None, ranks: Ranks, name: str
+    source: Source, text: CalibrationText, folder: StartFolder | None, world: World, name: str
 ) -> MutableSequence[Tensor]:
     """The container for the hidden states of own batches: files in `folder` with the next block's inputs, or a list.
 
@@ -146,7 +147,7 @@ def _states(
         return []
     # images differ in size from sequence to sequence
     size = 1 if text.extras is not None else batch_size(text.sequences, source.device)
-    division = Division(math.ceil(len(text) / size), ranks)
+    division = Division(math.ceil(len(text) / size), world)
     shape = size, text.sequences.shape[1], source.model.config.get_text_config().hidden_size
     dtype = source.model.dtype if source.is_whole else torch.float32
     lengths = {part: len(division.parts[part]) for part in division.own}
@@ -188,7 +189,7 @@ class BlockInputs(Sequence[Tensor]):
             empty, it holds the inputs of block `index`.
         extras: for each sequence, the further arguments of the model's forward.
         precision: "bf16" runs the blocks under autocast, which multiplies in bf16; hidden states keep their dtype.
-        ranks: the ranks that share the text.
+        world: the ranks that share the text.
 
     Attributes:
         division: the parts of the text, and the batches of this rank.
@@ -207,7 +208,7 @@ class BlockInputs(Sequence[Tensor]):
         index: int = 0,
         extras: Extras = None,
         precision: str = "fp32",
-        ranks: Ranks = ONE_RANK,
+        world: World = ALONE,
     ) -> None:
         self.blocks, self.block_index, self.precision, self.device = blocks, index, precision, model.device
         self.states: MutableSequence[Tensor] = [] if states is None else states
@@ -222,7 +223,7 @@ class BlockInputs(Sequence[Tensor]):
         is_filled = bool(self.states)
         self._batch_size = 1 if extras is not None else batch_size(calibration, model.device)
         batches = calibration.split(self._batch_size)
-        self.division = Division(len(batches), ranks)
+        self.division = Division(len(batches), world)
         for number in self.division.batches:
             ids, beside = batches[number].to(self.device), None if extras is None else extras[number]
             # A start that continues has its inputs on disk: the calls of one pass are all that it needs.

@@ -211,7 +211,7 @@ def _add(module: nn.Module, path: str, leaf: nn.Module) -> None:
     """Adds `leaf` at `path` below `module`, with plain modules in between."""
     *parents, last = path.split(".")
     for parent in parents:
-        if parent not in dict(module.named_children()):
+        if not hasattr(module, parent):
             module.add_module(parent, nn.Module())
         module = module.get_submodule(parent)
     module.add_module(last, leaf)

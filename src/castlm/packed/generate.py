@@ -14,7 +14,6 @@ from transformers import (
     PreTrainedTokenizerBase,
     TextStreamer,
 )
-from transformers.generation.streamers import BaseStreamer
 
 from castlm.core.errors import InputError
 from castlm.data.chat import Chat
@@ -39,37 +38,12 @@ class FiniteLogits(LogitsProcessor):
         return scores
 
 
-class TokenTimes(BaseStreamer):
-    """A streamer that records the times of the prompt and of each new token, in seconds."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        pass
-
-    @property
-    def prompt_seconds(self) -> float:
-        """Seconds until the first new token."""
-        return self.times[1] - self.times[0]
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Speed of the tokens after the first one, which comes with the prompt; 0 for a single token."""
-        seconds = self.times[-1] - self.times[1]
-        return (len(self.times) - 2) / seconds if seconds > 0 else 0.0
-
-
 def load_to_generate(
     name: str,
     *,
     device: str = "auto",
     as_stored: bool = True,
     trust_remote_code: bool = False,
-    revision: str | None = None,
     say: Say = silent,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """A model in the dtype of its config, and its tokenizer.
@@ -86,7 +60,7 @@ def load_to_generate(
         InputError: as `castlm.models.io.open_model`, damaged packed files, or weights that `load_weights` refuses.
     """
     device = choose_device(device)
-    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code, revision=revision)
+    where, config, tokenizer = open_model(name, trust_remote_code=trust_remote_code)
     is_plain = getattr(config, "quantization_config", None) is None
     is_slow = is_plain and config.dtype in (torch.bfloat16, torch.float16)
     dtype = "auto"
@@ -123,10 +97,11 @@ class _Stream(TextStreamer):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self.write = write
         self.pieces: list[str] = []
-        self.came = TokenTimes()
+        self.times: list[float] = []
+        """Of the prompt and of each new token, in seconds."""
 
     def put(self, value: Tensor) -> None:
-        self.came.put(value)
+        self.times.append(time.perf_counter())
         super().put(value)
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
@@ -191,11 +166,12 @@ def generate_text(
             **beside,
             **sampling,
         )
-    num_prompt = input_ids.shape[1]
+    num_prompt, (began, first), last = input_ids.shape[1], stream.times[:2], stream.times[-1]
     return Generated(
         "".join(stream.pieces),
         prompt_tokens=num_prompt,
         new_tokens=output.shape[1] - num_prompt,
-        prompt_seconds=stream.came.prompt_seconds,
-        tokens_per_second=stream.came.tokens_per_second,
+        prompt_seconds=first - began,
+        # after the first token, which comes with the prompt
+        tokens_per_second=(len(stream.times) - 2) / (last - first) if last > first else 0.0,
     )

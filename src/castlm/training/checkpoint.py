@@ -33,7 +33,6 @@ from torch.distributed.tensor import DTensor
 
 from castlm.core.errors import InputError
 from castlm.core.shards import local, own_rows
-from castlm.distributed.world import World
 from castlm.facts import Facts
 from castlm.fields import free_on_resume
 from castlm.files.atomic_file import (
@@ -54,6 +53,7 @@ from castlm.progress import note
 from castlm.say import Say
 from castlm.training.config import TrainConfig
 from castlm.training.options import CheckpointOptions
+from castlm.world import World
 from castlm_runtime.reading import read_json_object, read_record, user_path
 
 FORMAT = 6

@@ -23,7 +23,7 @@ from castlm.fields import (
     convert,
     essential,
     label,
-    number,
+    option,
     parsed,
     positional,
     unmet,
@@ -237,6 +237,12 @@ class TrainConfig:
         """Tokens of an optimizer step on a single rank."""
         return self.optimizer.sequences_per_step(1) * self.data.seq_len
 
+    def schedule(self) -> tuple[list[float], list[float]]:
+        """The learning rate and the ramp of the decay at each step."""
+        optimizer, steps = self.optimizer, range(self.optimizer.max_steps)
+        alphas = [self.method.alpha(step, optimizer.max_steps) for step in steps]
+        return [optimizer.learning_rate_at(step) for step in steps], alphas
+
     @property
     def inputs(self) -> dict[str, str | None]:
         """The models, texts and folders that the run reads, by option; an output folder may hold none of them."""
@@ -289,7 +295,7 @@ class TrainConfig:
         """All options of the run as attributes of one object, with the facts that their conditions ask for."""
         sections = [getattr(self, title) for title in self.sections()]
         reads = reads_of(trained_from(self.start.name, self.model.pattern), self.model.pattern)
-        return Joined(SimpleNamespace(is_plain=is_plain), reads, *sections)
+        return Joined(SimpleNamespace(is_plain=is_plain, reads=reads), *sections)
 
 
 def _batch_on(ranks: int, recipe: str, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -374,7 +380,7 @@ class FixedMaskOptions(MethodOptions):
 class FinetuneTeacherOptions(TeacherOptions):
     """Distillation from the model before fine-tuning, or from another one."""
 
-    eta: float = number(
+    eta: float = option(
         0.0,
         at_least=0,
         at_most=1,
@@ -393,7 +399,7 @@ class FinetuneOptimizerOptions(OptimizerOptions):
         help="Peak learning rate. The default is 5e-5, and 5e-4 for adapters.",
     )
 
-    adam_betas: tuple[float, float] = number(
+    adam_betas: tuple[float, float] = option(
         (0.9, 0.999),
         at_least=0,
         below=1,

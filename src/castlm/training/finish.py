@@ -7,7 +7,6 @@ import functools
 import math
 import platform
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,22 +19,22 @@ from castlm.core.scaling import UnfoldedWarning, fold_weight_scaling
 from castlm.core.sparsify import prune_
 from castlm.distributed.export import ShardedResult, export_sharded
 from castlm.distributed.sharding import is_sharded, uncompile_blocks_
-from castlm.distributed.world import World
 from castlm.evaluation.perplexity import measured_on, perplexity
 from castlm.export.hf import export_model, push
 from castlm.export.origin import origin_of
 from castlm.facts import HELD_OUT_OF, Conditions, Dataset, Facts, Figure, Histogram, MaskFigures, Perplexities
 from castlm.hardware import collect_garbage, peak_memory
-from castlm.methods.options import MethodOptions
 from castlm.models.architecture import auto_class, linearize_, move_
 from castlm.models.io import save_dtype
 from castlm.oneshot.methods import methods_of
 from castlm.progress import note
 from castlm.say import Say
-from castlm.training.metrics import held_out_perplexity, masked_histogram
+from castlm.training.metrics import held_out_loss, masked_histogram
 from castlm.training.objective import Objective
 from castlm.training.trainer import Trainer, local_masks
+from castlm.training.verdict import perplexities_when_sparse
 from castlm.training.verdict import verdict as verdict_on
+from castlm.world import World
 
 
 def finish(run: Trainer) -> Facts:
@@ -85,7 +84,8 @@ def sharded_result(run: Trainer) -> ShardedResult:
     """The sharded model with its settings, for `export_sharded`."""
 
     def measure(objective: Objective) -> float:
-        return held_out_perplexity(objective, run.text.held_out, run.config.data.seq_len, 1, "fp32", run.world)
+        held_out, seq_len = run.text.held_out, run.config.data.seq_len
+        return float(held_out_loss(objective, held_out, seq_len, 1, "fp32", run.world).exp())
 
     return ShardedResult(
         model=run.model,
@@ -144,20 +144,6 @@ def write_result(run: Trainer, model: PreTrainedModel | None, histogram: Histogr
         dtype=_save_dtype(run),
         eval_fn=measure,
     )
-
-
-def perplexities_when_sparse(
-    method: MethodOptions, max_steps: int, figures: Mapping[str, Mapping[str, float]]
-) -> list[float]:
-    """The perplexities of a run that becomes sparse during training, since every group is n:m, without the last one.
-
-    Every group is n:m from the first mask refresh in the second half of the run. Empty for runs that start sparse, and
-    for the dense control.
-    """
-    if not (method.row.is_sparse and method.row.step0 == "dense"):
-        return []
-    first = max_steps / 2 + method.mask_interval
-    return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
 
 
 def say_result(run: Trainer, facts: Facts, say: Say) -> None:
@@ -227,7 +213,9 @@ def run_facts(run: Trainer, histogram: Histogram | None) -> Facts:
     ]
     if not run.method.layers:
         perplexities = dataclasses.replace(perplexities, trained=last["perplexity"])
-    earlier = perplexities_when_sparse(config.method, run.total_steps, run.figures)
+    becomes_sparse = config.method.row.is_sparse and starts_dense
+    interval = config.method.mask_interval
+    earlier = perplexities_when_sparse(run.figures, run.total_steps, interval) if becomes_sparse else []
     mask_names = ("sparse_weight_ratio", "flip_rate", "initial_flip_rate", "largest_masked")
     return Facts(
         pattern=None,  # the export writes it, and which layers are dense

@@ -16,34 +16,23 @@ import torch
 from castlm.core.decay import DecayBudget, decay_budget
 from castlm.core.shards import local
 from castlm.core.sparsify import weight_parameter
-from castlm.distributed.world import World
 from castlm.hardware import collect_garbage, peak_memory
-from castlm.methods.options import schedule
 from castlm.training.config import TrainConfig
 from castlm.training.trainer import Trainer
+from castlm.world import World
 
 STEPS = 20
 PLACEHOLDER_LAM = 4e-7  # for the measured steps, in which lam has hardly an effect: the ramp is near 0
 
 
 @dataclass(frozen=True)
-class LayerFigures:
-    """One sparse layer: the rms of its bias-corrected momentum, and its own decay budget."""
-
-    momentum_rms: float
-    budget: DecayBudget
-
-    @property
-    def headroom(self) -> float:
-        """The decay budget divided by the 99 % quantile of the masked weights; above 1, these reach zero."""
-        return self.budget.travel / max(self.budget.quantiles[2], 1e-30)
-
-
-@dataclass(frozen=True)
 class FirstSteps:
     """The figures of the first steps. `lam` is the median momentum rms over the layers: "the order of the gradient"."""
 
-    layers: dict[str, LayerFigures]
+    momentum_rms: dict[str, float]
+    """The rms of the bias-corrected momentum of each sparse layer."""
+    budgets: dict[str, DecayBudget]
+    """The decay budget of each sparse layer."""
     lam: float
     tokens_per_s: float
     tokens_per_step: int
@@ -79,7 +68,7 @@ def measure_first_steps(config: TrainConfig, world: World, steps: int = STEPS) -
 
 def _measure(trainer: Trainer, steps: int) -> FirstSteps:
     options, method, world = trainer.config.method, trainer.method, trainer.world
-    lrs, alphas = schedule(trainer.config.optimizer, options)
+    lrs, alphas = trainer.config.schedule()
     masks, budgets = method.masks(), {}
     for name, layer in method.layers.items():
         weight = weight_parameter(layer)
@@ -100,7 +89,8 @@ def _measure(trainer: Trainer, steps: int) -> FirstSteps:
     rms = dict(zip(method.layers, ((squares / counts).sqrt() / correction).tolist()))
     per_step = statistics.median(seconds[1:] or seconds)  # the first compiles
     return FirstSteps(
-        {name: LayerFigures(rms[name], budgets[name]) for name in budgets},
+        rms,
+        budgets,
         lam=statistics.median(rms.values()),
         tokens_per_s=tokens / per_step,
         tokens_per_step=tokens,

@@ -17,48 +17,35 @@ from castlm.core.sparsify import num_weights
 from castlm.data.scored import ScoredText
 from castlm.devices import device_of
 from castlm.distributed.sharding import reshard_
-from castlm.distributed.world import World
 from castlm.facts import Histogram, TrainedRounding
 from castlm.hardware import autocast
 from castlm.training.objective import Objective
+from castlm.world import World
 from castlm_runtime.packed import PackedSpec
 
 HISTOGRAM_EDGES = tuple(10 ** (quarter / 4) for quarter in range(-48, 5))
 """Edges of the bins of a `masked_histogram`: 1e-12 to 10, four bins to a decade."""
 
 
-def held_out_perplexity(
-    objective: Objective, text: ScoredText, seq_len: int, batch: int, precision: str, world: World
-) -> float:
-    """Perplexity of the student's current forward pass in sequences of `seq_len`; all ranks share the sequences.
-
-    They are the sequences of `castlm.evaluation.perplexity.perplexity` with its default stride. The result is inf or
-    NaN if the model diverged.
-
-    Args:
-        batch: sequences per rank and forward pass.
-    """
-    return float(_mean_loss("ce", objective, text, seq_len, batch, precision, world).exp())
-
-
-def held_out_kl(
-    objective: Objective, text: ScoredText, seq_len: int, batch: int, precision: str, world: World
-) -> float:
-    """The KL divergence from the teacher to the student, of a token; see `held_out_perplexity`."""
-    return float(_mean_loss("kl", objective, text, seq_len, batch, precision, world))
-
-
 @torch.no_grad()
-def _mean_loss(
-    part: Literal["ce", "kl"],
+def held_out_loss(
     objective: Objective,
     text: ScoredText,
     seq_len: int,
     batch: int,
     precision: str,
     world: World,
+    part: Literal["ce", "kl"] = "ce",
 ) -> Tensor:
-    """The mean of a part of the loss over the tokens that count."""
+    """The mean loss of a token that counts, in nats, () float64: `exp` of the cross-entropy is the perplexity.
+
+    All ranks share the sequences of `seq_len`, which are those of `castlm.evaluation.perplexity.perplexity` with its
+    default stride. The result is inf or NaN if the model diverged.
+
+    Args:
+        batch: sequences per rank and forward pass.
+        part: the cross-entropy, or the KL divergence from the teacher to the student.
+    """
     sums = torch.zeros(2, dtype=torch.float64, device=world.device)
     objective.eval()
     with autocast(world.device, precision):

@@ -18,15 +18,15 @@ from castlm.core.blocks import in_block, is_tower
 from castlm.core.errors import InputError
 from castlm.core.sparsify import FilterFn, filter_for
 from castlm.data.documents import joined_digest
-from castlm.distributed.loading import StoredWeights, empty_model, fingerprint, open_sharded
-from castlm.distributed.world import World
 from castlm.export.folder import read_left_dense
 from castlm.methods.options import default_learning_rate
 from castlm.models.architecture import check_head, context_length, is_vision_language, vocab_size
 from castlm.models.io import Loaded, config_hash, load_model, open_config, open_model, tokenizer_hash
+from castlm.models.loading import StoredWeights, empty_model, fingerprint, open_sharded
 from castlm.models.locate import cached_snapshot, locate
 from castlm.progress import note
 from castlm.training.options import ModelOptions, TeacherOptions
+from castlm.world import World
 
 
 @dataclass(frozen=True)

@@ -20,13 +20,13 @@ from castlm.core.blocks import is_tower
 from castlm.core.distill import OutputHead, TopTokens, distillation_loss, hidden_distance, top_tokens
 from castlm.core.sparsify import transformer_blocks
 from castlm.data.packing import DocumentOffsets, document_offsets
-from castlm.distributed.loading import StoredWeights, load_rows_, materialize_
 from castlm.distributed.sharding import free_blocks_, gathered, is_sharded, reshard_, shard_
-from castlm.distributed.world import World
 from castlm.hardware import autocast
 from castlm.models.architecture import backbone, check_head, embedding_weight, output_head
+from castlm.models.loading import StoredWeights, load_rows_, materialize_
 from castlm.training.attention import Way, inputs_of, use_attention_, way_to_keep_apart
 from castlm.training.teacher_cache import TeacherCache
+from castlm.world import World
 
 
 class TrainingLoss(NamedTuple):
@@ -106,30 +106,28 @@ class Objective(nn.Module):
         way: Way = "together" if ce_only or position_ids is None else self.way
         inputs = inputs_of(input_ids, position_ids, way, documents) | extra
         distills, compares_hidden = self.eta > 0 and not ce_only, hidden_weight > 0 and not ce_only
-        ours = self._reader.read(inputs, compares_hidden)
+        states, stream = self._reader.read(inputs, compares_hidden)
         if not distills:
             with self._reader.head() as head:
-                loss = distillation_loss(ours.states, head, labels, eta=0.0, num_tokens=num_tokens)
+                loss = distillation_loss(states, head, labels, eta=0.0, num_tokens=num_tokens)
             return TrainingLoss(*loss, torch.zeros_like(loss.ce))
         settings: dict[str, Any] = {"eta": self.eta, "temperature": self.temperature, "num_tokens": num_tokens}
-        theirs: Reading | None
         if self.top_k:
-            top, theirs = self.teacher_tokens(inputs, compares_hidden)
+            top, their_stream = self.teacher_tokens(inputs, compares_hidden)
             with self._reader.head() as head:
-                loss = distillation_loss(ours.states, head, labels, teacher_top=top, **settings)
+                loss = distillation_loss(states, head, labels, teacher_top=top, **settings)
         else:
-            theirs = self._read_teacher(inputs, compares_hidden)
+            their_states, their_stream = self._read_teacher(inputs, compares_hidden)
             with self._reader.head() as head, self._teacher_head() as their_head:
-                loss = distillation_loss(ours.states, head, labels, theirs.states, their_head, **settings)
+                loss = distillation_loss(states, head, labels, their_states, their_head, **settings)
         if not compares_hidden:
             return TrainingLoss(*loss, torch.zeros_like(loss.ce))
-        assert theirs is not None  # a cache, which holds no hidden states, is not used with a hidden_weight
-        hidden = hidden_distance(ours.stream, theirs.stream, labels, num_tokens=num_tokens)
+        hidden = hidden_distance(stream, their_stream, labels, num_tokens=num_tokens)
         # Eq. 13, plus the distance of hidden states (ours)
         return TrainingLoss(loss.loss + hidden_weight * hidden, loss.ce, loss.kl, hidden.detach())
 
-    def teacher_tokens(self, inputs: dict[str, Any], stream: bool = False) -> tuple[TopTokens, Reading | None]:
-        """The teacher's most probable tokens for a batch, and the output of its model if it was run.
+    def teacher_tokens(self, inputs: dict[str, Any], stream: bool = False) -> tuple[TopTokens, list[Tensor]]:
+        """The teacher's most probable tokens for a batch, and its residual stream, which a cache does not hold.
 
         Args:
             inputs: the arguments of a forward pass; see `castlm.training.attention.inputs_of`.
@@ -138,16 +136,16 @@ class Objective(nn.Module):
         input_ids, position_ids = inputs["input_ids"], inputs.get("position_ids")  # the key of a sequence in the cache
         cached = self.cache.get(input_ids, position_ids) if self.cache is not None else None
         if cached is not None:
-            return cached, None
-        reading = self._read_teacher(inputs, stream)
+            return cached, []
+        states, kept = self._read_teacher(inputs, stream)
         with self._teacher_head() as head:
-            top = top_tokens(reading.states, head, self.top_k, self.temperature)
+            top = top_tokens(states, head, self.top_k, self.temperature)
         if self.cache is not None:
             self.cache.put(input_ids, top, position_ids)
-        return top, reading
+        return top, kept
 
     @torch.no_grad()
-    def _read_teacher(self, inputs: dict[str, Any], stream: bool) -> Reading:
+    def _read_teacher(self, inputs: dict[str, Any], stream: bool) -> tuple[Tensor, list[Tensor]]:
         assert self._teacher_reader is not None  # only a cache that holds all sequences stands alone
         return self._teacher_reader.read(inputs, stream)
 
@@ -201,15 +199,6 @@ class Objective(nn.Module):
         check_head(self.student, self._reader.head())
 
 
-class Reading(NamedTuple):
-    """The output of a model for a batch."""
-
-    states: Tensor
-    """(batch, seq, hidden), after the final norm."""
-    stream: list[Tensor]
-    """The residual stream after each transformer block, (batch, seq, hidden); empty if it was not asked for."""
-
-
 class _Reader:
     """Runs a model, student or teacher, up to its head.
 
@@ -226,13 +215,16 @@ class _Reader:
                     block.register_forward_pre_hook(_as_sharded)
                     block.register_forward_hook(self._keep)
 
-    def read(self, inputs: dict[str, Any], stream: bool) -> Reading:
-        """The output for the arguments of a forward pass, with the residual stream if `stream`."""
+    def read(self, inputs: dict[str, Any], stream: bool) -> tuple[Tensor, list[Tensor]]:
+        """The output for the arguments of a forward pass, (batch, seq, hidden) after the final norm.
+
+        With it, if `stream`, the residual stream after each transformer block, (batch, seq, hidden) each.
+        """
         self._kept = [] if stream else None
         # Without the head, whose logits for 8 x 512 tokens would be 768 MiB: the loss makes them in chunks.
         states = backbone(self.model)(**inputs, use_cache=False).last_hidden_state
         kept, self._kept = self._kept, None  # blocks that checkpointing runs again in the backward pass add nothing
-        return Reading(states, kept or [])
+        return states, kept or []
 
     def _keep(self, block: nn.Module, inputs: Any, output: Any) -> None:
         if self._kept is not None:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from castlm.core.errors import InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import ScoredTextOptions
-from castlm.fields import Bounded, Needs, essential, number, option, parsed
+from castlm.fields import Bounded, Needs, essential, option, parsed
 from castlm.oneshot.options import CALIBRATED, BasisOptions, EffortOptions, Refinements
 from castlm.patterns import parse_pattern
 
@@ -103,7 +103,7 @@ class DataOptions(ScoredTextOptions):
         help="Let the documents that are packed into one training sequence attend to each other.",
     )
 
-    seed: int = number(
+    seed: int = option(
         0,
         at_least=0,
         help="Seed of the data order, the dropout and the held-out split.",
@@ -136,7 +136,7 @@ class StartOptions(Refinements, BasisOptions, EffortOptions):
         "magnitude.",
     )
 
-    calibration_sequences: int | None = number(
+    calibration_sequences: int | None = option(
         None,
         at_least=1,
         needs=CALIBRATED,
@@ -168,14 +168,14 @@ class TeacherOptions(Bounded):
         "The default is the dense model.",
     )
 
-    eta: float = number(
+    eta: float = option(
         2 / 3,
         at_least=0,
         at_most=1,
         help="Weight of the KL divergence to the teacher in the loss, 0 to 1. 0 trains without a teacher.",
     )
 
-    hidden_weight: float | None = number(
+    hidden_weight: float | None = option(
         None,
         at_least=0,
         help="Weight of the distance between the hidden states of student and teacher after each transformer "
@@ -183,14 +183,14 @@ class TeacherOptions(Bounded):
         "with a teacher_cache (which holds no hidden states), for method dense, and in castlm finetune.",
     )
 
-    temperature: float = number(
+    temperature: float = option(
         1.0,
         above=0,
         needs=DISTILLED,
         help="Temperature of the KL divergence, which is multiplied by its square.",
     )
 
-    teacher_top_k: int = number(
+    teacher_top_k: int = option(
         0,
         at_least=0,
         needs=DISTILLED,
@@ -237,7 +237,7 @@ class EvaluationOptions(Bounded):
         help="Split of an eval_dataset on the hub.",
     )
 
-    eval_fraction: float = number(
+    eval_fraction: float = option(
         0.02,
         above=0,
         below=1,
@@ -248,13 +248,13 @@ class EvaluationOptions(Bounded):
         help="Fraction of the documents that is held out if there is no eval_dataset.",
     )
 
-    eval_tokens: int = number(
+    eval_tokens: int = option(
         32768,
         at_least=0,
         help="Maximum number of evaluated tokens of each text. 0 evaluates all of them.",
     )
 
-    eval_steps: int = number(
+    eval_steps: int = option(
         0,
         at_least=0,
         may_change=True,
@@ -297,7 +297,7 @@ class CheckpointOptions(Bounded):
         help="Dtype of the result's files. source: the dtype in which the dense model is stored.",
     )
 
-    save_steps: int = number(
+    save_steps: int = option(
         100,
         at_least=0,
         changes_result=False,
@@ -390,7 +390,7 @@ class RuntimeOptions(Bounded):
         "and hybrid shards it within a node and keeps a copy on each node.",
     )
 
-    timeout_s: float = number(
+    timeout_s: float = option(
         600.0,
         above=0,
         at_most=10**9,

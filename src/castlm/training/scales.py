@@ -21,7 +21,6 @@ from castlm.core.rounding import ScaledCodes, add_weight_rounding, rounded_layer
 from castlm.core.scaling import fold_weight_scaling
 from castlm.core.sparsify import weight_parameter
 from castlm.data.options import TextOptions
-from castlm.distributed.world import closing, init_world
 from castlm.formats.rounding import Rounded
 from castlm.methods.dense import Dense
 from castlm.models.architecture import context_length, vocab_size
@@ -29,9 +28,10 @@ from castlm.models.io import open_config, open_model
 from castlm.say import Say, silent
 from castlm.signals import Interrupt
 from castlm.training.config import TrainConfig
-from castlm.training.metrics import held_out_kl
+from castlm.training.metrics import held_out_loss
 from castlm.training.text import open_training_text
 from castlm.training.trainer import Trainer
+from castlm.world import closing, init_world
 from castlm_runtime.formats import FORMATS
 
 SAVE_STEPS = 25
@@ -151,10 +151,10 @@ class ScaleTraining:
                 trainer.train(Interrupt())  # a signal ends it at once: a run loses at most `SAVE_STEPS`
             layers = list(rounded_layers(trainer.model))
             measure = trainer.objective, trainer.text.held_out, config.data.seq_len, 1, trainer.precision, world
-            after = held_out_kl(*measure)
+            after = float(held_out_loss(*measure, "kl"))
             for _, _, rounding in layers:
                 rounding.on = False  # the weights as they were rounded
-            before = held_out_kl(*measure)
+            before = float(held_out_loss(*measure, "kl"))
             for _, _, rounding in layers:
                 rounding.on = True
             if not after <= before:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
@@ -24,29 +23,25 @@ from castlm.core.errors import InputError
 from castlm.core.nm import Pattern
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import FilterFn, dense_name, scope_of, transformer_blocks, weight_parameter
-from castlm.distributed.loading import (
+from castlm.distributed.sharding import may_skip_modules
+from castlm.facts import Basis, Facts, Start
+from castlm.files.atomic_file import atomic_file, flush_file, reporting_full_disk
+from castlm.hardware import available_memory
+from castlm.methods.base import Retraining
+from castlm.models.architecture import embedding_weight, is_vision_language, move_
+from castlm.models.io import load_model
+from castlm.models.loading import (
     Place,
     StoredWeights,
     open_sharded,
     opened_files,
     read_finite,
 )
-from castlm.distributed.sharding import may_skip_modules
-from castlm.distributed.world import World, reporting_once
-from castlm.facts import Basis, Facts, Reconstructed, Start
-from castlm.files.atomic_file import atomic_file, flush_file, reporting_full_disk
-from castlm.files.output import check_beside
-from castlm.hardware import available_memory
-from castlm.methods.base import Retraining
-from castlm.models.architecture import embedding_weight, is_vision_language, move_
-from castlm.models.io import load_model
-from castlm.models.locate import locate
 from castlm.names import duration
 from castlm.oneshot.draw import Draw
-from castlm.oneshot.folder import COPY, begun_work, block_file, partial_folder
-from castlm.oneshot.methods import all_methods, method_of, methods_of, steps_of
+from castlm.oneshot.folder import COPY, begun_work, block_file
+from castlm.oneshot.methods import method_of, methods_of, steps_of
 from castlm.oneshot.options import BasisOptions, Refinements, part_of
-from castlm.oneshot.ranks import ONE_RANK, Ranks
 from castlm.oneshot.run import run_start
 from castlm.oneshot.source import DENSE, MemoryModel, StoredModel, block_stack
 from castlm.oneshot.steps.base import Step
@@ -55,20 +50,10 @@ from castlm.say import silent
 from castlm.training.model import OpenedModel
 from castlm.training.options import StartOptions
 from castlm.training.text import TrainingText
+from castlm.world import ALONE, World, reporting_once
 from castlm_runtime.stored import read_header
 
 _FARTHEST = 0.5  # largest relative distance by which training may have moved the embeddings
-
-
-def check_start(name: str, output_dir: Path, world: World) -> None:
-    """Checks, before the model is loaded, that the start `name` exists, and that its work can be written.
-
-    Raises `InputError` for a model that is not found, or a solver whose folder cannot be made beside `output_dir`.
-    """
-    if name in all_methods():
-        world.on_main(lambda: check_beside(partial_folder(output_dir)))
-    else:
-        locate(name)
 
 
 def prune_for_start(
@@ -109,10 +94,10 @@ def prune_for_start(
         basis, refinements = part_of(options, BasisOptions), part_of(options, Refinements)
         return steps_of(options.name, pattern, basis, refinements, options.start_effort)
 
-    def prune(blocks: MemoryModel | StoredModel, work: Path, ranks: Ranks) -> Start:
+    def prune(blocks: MemoryModel | StoredModel, work: Path, ranks: World) -> Start:
         """Takes the steps in a model, calibrated on the beginning of the training text."""
         method, device, model, layers = options.name, world.device, blocks.model, blocks.layers
-        is_main = ranks.rank == 0
+        is_main = ranks.is_main
         say = note if is_main else silent
         try:
             calibration = None
@@ -143,7 +128,7 @@ def prune_for_start(
                     say=say,
                     progress=progress,
                     time_after=time_after,
-                    ranks=ranks,
+                    world=ranks,
                 )
         except InputError as error:
             raise InputError(f"init_from {method}: {error}; init_from magnitude needs no text") from None
@@ -153,7 +138,7 @@ def prune_for_start(
             **vars(report.solved()),
             calibration_tokens=0 if calibration is None else calibration.sequences.numel(),
             layer_errors={layer.name: layer.error for layer in report.layers},
-            reconstructions=[Reconstructed(**asdict(block)) for block in report.reconstructions],
+            reconstructions=report.reconstructions,
         )
 
     def prune_together(work: Path) -> Start:
@@ -162,7 +147,7 @@ def prune_for_start(
         model = copy.deepcopy(dense.model)
         scope = scope_of(model, pattern, filter_fn)
         blocks = StoredModel(
-            model, dense.stored, scope.layers, world.device, None, scope.pattern, keeps_dense, ranks=world
+            model, dense.stored, scope.layers, world.device, None, scope.pattern, keeps_dense, world=world
         )
         with reporting_once(world):
             facts = prune(blocks, work, world)
@@ -176,7 +161,7 @@ def prune_for_start(
         model = dense.whole_model()
         move_(model, world.device)
         scope = scope_of(model, pattern, filter_fn)
-        return prune(MemoryModel(model, scope.layers, scope.pattern, keeps_dense), work, ONE_RANK)
+        return prune(MemoryModel(model, scope.layers, scope.pattern, keeps_dense), work, ALONE)
 
     why_alone = _why_one_rank(dense, world, pattern, steps())
     with world.context_on_main(begun_work(output)) as work:

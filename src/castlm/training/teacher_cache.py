@@ -23,15 +23,9 @@ from torch import Tensor
 
 from castlm.core.distill import TopTokens
 from castlm.core.errors import InputError
-from castlm.data.columns import Kind
-from castlm.data.documents import open_documents
-from castlm.distributed.world import World
 from castlm.files.atomic_file import atomic_file, atomic_write_json, is_disk_full, widen_access
-from castlm.models.io import open_config
 from castlm.progress import note
-from castlm.training.model import OpenedModel, check_sizes
-from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions, TeacherOptions
-from castlm.training.text import TrainingText
+from castlm.world import World
 from castlm_runtime.reading import read_json_object, user_path
 
 _FORMAT = 4
@@ -184,43 +178,6 @@ def _rows(input_ids: Tensor, position_ids: Tensor | None) -> list[Tensor]:
     return list(torch.stack([input_ids, position_ids], dim=1).cpu())
 
 
-def open_teacher_cache(
-    options: TeacherOptions, data: DataOptions, text: TrainingText, teacher: OpenedModel, precision: str, world: World
-) -> TeacherCache:
-    """The folder `teacher_cache` of a run whose teacher is `teacher`.
-
-    Raises `InputError` for a cache of another teacher, or a text with images, which the key of a sequence does not
-    contain.
-    """
-    assert options.teacher_cache is not None
-    if text.documents.kind is Kind.WITH_EXTRA:
-        raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
-    stream = [text.train_sha256, data.seed, data.seq_len, data.column, text.template_sha256]
-    settings = {
-        "weights": teacher.fingerprint,
-        "dtype": str(teacher_dtype(precision)),
-        "top_k": options.teacher_top_k,
-        "temperature": options.temperature,
-        "cross_document_attention": data.cross_document_attention,
-    }
-    return TeacherCache(options.teacher_cache, stream, settings, world)
-
-
 def teacher_dtype(precision: str) -> torch.dtype:
     """The dtype of the teacher's weights."""
     return torch.bfloat16 if precision == "bf16" else torch.float32
-
-
-def check_teacher_pass(
-    model: ModelOptions, data: DataOptions, evaluation: EvaluationOptions, teacher: TeacherOptions
-) -> None:
-    """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
-
-    Raises `InputError` for a text, a folder or sizes that the pass over the text would refuse.
-    """
-    config = open_config(model.model, **model.loading)
-    check_sizes(config, seq_len=data.seq_len, teacher_top_k=teacher.teacher_top_k)
-    for text in evaluation.eval_datasets:
-        open_documents(text, data)
-    assert teacher.teacher_cache is not None
-    make_cache_folder(user_path(teacher.teacher_cache))

@@ -247,13 +247,6 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_series(run: str | Path, key: str) -> list[tuple[float, float]]:
-    """(step, value) of the rows that have `key`; empty where the run has no metrics.jsonl."""
-    if not (Path(run) / "metrics.jsonl").is_file():
-        return []
-    return [(row["step"], row[key]) for row in read_metrics(run) if key in row]
-
-
 class Tracker(Protocol):
     """The interface of a tracker."""
 

@@ -26,11 +26,11 @@ from castlm.data.documents import (
 from castlm.data.packing import BatchLoader, MixedSequences, open_sequences
 from castlm.data.scored import ScoredText, scored_text
 from castlm.data.tokens import Encoder, check_vocabulary, open_encoder
-from castlm.distributed.world import World, is_main_rank
 from castlm.models.io import open_model
 from castlm.progress import note, shown_progress
 from castlm.say import silent
 from castlm.training.options import DataOptions, EvaluationOptions, ModelOptions
+from castlm.world import World, is_main_rank
 
 
 @dataclass

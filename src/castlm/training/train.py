@@ -10,13 +10,14 @@ from typing import Any
 
 import torch
 
+from castlm.data.documents import open_documents
 from castlm.data.packing import MixedSequences
 from castlm.data.tokens import check_vocabulary
-from castlm.distributed.world import World, closing, init_world, naming_missing_ranks
 from castlm.export.hf import check_login
 from castlm.facts import Facts
 from castlm.hardware import autocast, choose_precision, collect_garbage
 from castlm.models.architecture import move_, vocab_size
+from castlm.models.io import open_config
 from castlm.oneshot.folder import drop_work
 from castlm.say import Progress, silent
 from castlm.signals import Interrupt
@@ -25,11 +26,13 @@ from castlm.training.checkpoint import RunFolder, claimed, is_restart, newest, r
 from castlm.training.config import TrainConfig
 from castlm.training.finish import finish, upload
 from castlm.training.first_steps import measure_first_steps
-from castlm.training.model import layers_left_dense, learning_rate_for, open_dense
+from castlm.training.model import check_sizes, layers_left_dense, learning_rate_for, open_dense
 from castlm.training.objective import Objective, as_teacher_
-from castlm.training.teacher_cache import open_teacher_cache, teacher_dtype
+from castlm.training.teacher_cache import make_cache_folder, teacher_dtype
 from castlm.training.text import open_training_text, steps_of_epochs
-from castlm.training.trainer import Trainer
+from castlm.training.trainer import Trainer, open_teacher_cache
+from castlm.world import World, closing, init_world, naming_missing_ranks
+from castlm_runtime.reading import user_path
 
 
 def train(config: TrainConfig) -> Facts:
@@ -53,8 +56,6 @@ def train(config: TrainConfig) -> Facts:
             config = config.changed(resume=True, overwrite=False)
         output = config.checkpoint
         with claimed(output, config.inputs, world) as folder:
-            if output.push_to_hub:
-                world.on_main(lambda: check_login(output.hub_repo))
             config = resolve(config, world)
             facts = world.on_main(lambda: _finished_before(config, folder, world.size), patient=True)
             if facts is None:
@@ -88,8 +89,12 @@ def resolve(config: TrainConfig, world: World) -> TrainConfig:
 
 
 def _options_of_files(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
-    """The options that the files of model, texts and checkpoint decide, read by the main rank."""
+    """The options that the files of model, texts and checkpoint decide, read by the main rank; it must be logged in if
+    the result is to be uploaded.
+    """
     options: dict[str, Any] = {}
+    if config.checkpoint.push_to_hub:
+        check_login(config.checkpoint.hub_repo)
     if config.optimizer.learning_rate is None:
         options["learning_rate"] = learning_rate_for(config.model)
     if config.is_finetuning:
@@ -108,6 +113,19 @@ def _options_of_files(config: TrainConfig, num_ranks: int) -> dict[str, Any]:
         elif not config.method.reads_lam:
             options["lam"] = 0.0
     return options
+
+
+def check_teacher_pass(config: TrainConfig) -> None:
+    """Checks the requirements of `fill_teacher_cache`, except for the training text, which is sampled afterwards.
+
+    Raises `InputError` for a text, a folder or sizes that the pass over the text would refuse.
+    """
+    model = open_config(config.model.model, **config.model.loading)
+    check_sizes(model, seq_len=config.data.seq_len, teacher_top_k=config.teacher.teacher_top_k)
+    for text in config.evaluation.eval_datasets:
+        open_documents(text, config.data)
+    assert config.teacher.teacher_cache is not None
+    make_cache_folder(user_path(config.teacher.teacher_cache))
 
 
 @torch.no_grad()

@@ -25,15 +25,15 @@ from castlm.core.nm import NM, pack_mask
 from castlm.core.rounding import fit_rounding_
 from castlm.core.shards import like_rows, local
 from castlm.core.sparsify import dense_name, num_weights, sparse_linears
+from castlm.data.columns import Kind
 from castlm.data.scored import ScoredText
 from castlm.data.tokens import check_vocabulary
 from castlm.distributed.gradients import SumsInOrder, clip_, gradient_norm
-from castlm.distributed.loading import StoredWeights
 from castlm.distributed.mask_check import SelfCheck
 from castlm.distributed.sharding import average_gradients_, compile_blocks_, sum_over_replicas_
-from castlm.distributed.world import World
 from castlm.export.hf import check_export
 from castlm.facts import Start, from_json, to_json
+from castlm.files.output import check_beside
 from castlm.hardware import (
     arithmetic,
     autocast,
@@ -45,10 +45,12 @@ from castlm.hardware import (
     why_slow,
 )
 from castlm.methods.base import Retraining, class_of
-from castlm.methods.options import schedule
 from castlm.models.architecture import vocab_size
+from castlm.models.loading import StoredWeights
+from castlm.models.locate import locate
 from castlm.oneshot.draw import Draw
-from castlm.oneshot.methods import trained_from
+from castlm.oneshot.folder import partial_folder
+from castlm.oneshot.methods import all_methods, trained_from
 from castlm.oneshot.options import EFFORTS
 from castlm.packed.native import longest_free_group
 from castlm.progress import note
@@ -66,7 +68,7 @@ from castlm.training.config import TrainConfig
 from castlm.training.in_backward import StepInBackward
 from castlm.training.metrics import (
     forward_flops,
-    held_out_perplexity,
+    held_out_loss,
     mask_figures,
     masked_histogram,
     masked_shares,
@@ -75,12 +77,13 @@ from castlm.training.metrics import (
 )
 from castlm.training.model import OpenedModel, check_teacher, filter_of, open_dense, open_weights, teacher_options
 from castlm.training.objective import Objective, as_teacher_, checkpoint_activations_, pruned, shard_objective_
-from castlm.training.options import CheckpointOptions
-from castlm.training.start import check_pattern, check_start, keep_own_masks_, load_start_, open_given, prune_for_start
-from castlm.training.teacher_cache import TeacherCache, open_teacher_cache, teacher_dtype
+from castlm.training.options import CheckpointOptions, DataOptions, TeacherOptions
+from castlm.training.start import check_pattern, keep_own_masks_, load_start_, open_given, prune_for_start
+from castlm.training.teacher_cache import TeacherCache, teacher_dtype
 from castlm.training.telemetry import Telemetry, TrackedRun, Tracker, chosen_trackers, open_trackers
-from castlm.training.text import open_training_text
+from castlm.training.text import TrainingText, open_training_text
 from castlm.training.verdict import has_risen
+from castlm.world import World
 from castlm_runtime.reading import user_path
 
 _MAX_UNCOUNTED = 100
@@ -154,13 +157,19 @@ class Trainer:
             raise InputError("moments_on_host: this run is on a CPU, where all memory is the host's: omit it")
         if world.size > 1:
             world.check_all(obstacle_on_ranks(config))
-        self.trackers = world.on_main(lambda: chosen_trackers(config.checkpoint.report_to))
-        self.resumed_from: Path | None = None
-        if config.checkpoint.resume:
-            self.resumed_from = world.on_main(lambda: self.folder.newest_checkpoint(config.as_dict()))
-        if self.resumed_from is None and config.start.name != "magnitude":
-            check_start(config.start.name, start_output, world)
+        self.trackers, self.resumed_from = world.on_main(lambda: self._look(start_output))
         check_teacher(config.teacher, config.model, seq_len=config.data.seq_len)
+
+    def _look(self, start_output: Path) -> tuple[list[str], Path | None]:
+        """The trackers of the run, and the checkpoint that it continues; checks that its start can be made."""
+        options, start = self.config.checkpoint, self.config.start.name
+        trackers = chosen_trackers(options.report_to)
+        checkpoint = self.folder.newest_checkpoint(self.config.as_dict()) if options.resume else None
+        if checkpoint is None and start not in all_methods():
+            locate(start)
+        elif checkpoint is None and start != "magnitude":
+            check_beside(partial_folder(start_output))
+        return trackers, checkpoint
 
     def _open_model_and_text(self) -> None:
         """Opens the dense model and the texts, and the teacher cache: one that cannot serve is refused here."""
@@ -561,7 +570,7 @@ class Trainer:
         """Perplexity of the current forward pass on a part of the held-out tokens; by default on all of them."""
         rows = self.config.optimizer.per_device_train_batch_size
         text, seq_len = text or self.text.held_out, self.config.data.seq_len
-        return held_out_perplexity(self.objective, text, seq_len, rows, self.precision, self.world)
+        return float(held_out_loss(self.objective, text, seq_len, rows, self.precision, self.world).exp())
 
     def evaluate(self) -> None:
         """Measures the perplexity of the current forward pass, and of the model if it were pruned now."""
@@ -730,7 +739,7 @@ class Trainer:
         if not self.method.decays or not DECAYS[options.decay].reduces:
             return None
         masks = local_masks(self.method.masks()).items()
-        budget = decay_budget(masks, *schedule(self.config.optimizer, options), options.decay, self.world.sum)
+        budget = decay_budget(masks, *self.config.schedule(), options.decay, self.world.sum)
         if not budget.reaches_zero and not options.ignore_decay_budget:
             raise InputError(f"{budget.explain()} (ignore_decay_budget trains anyway)")
         return budget
@@ -775,6 +784,28 @@ class Trainer:
         yield from (f"no effect: {reason}" for reason in config.without_effect(is_plain=self.text.is_plain).values())
         if self.trackers:
             yield f"metrics: metrics.jsonl, {', '.join(self.trackers)}"
+
+
+def open_teacher_cache(
+    options: TeacherOptions, data: DataOptions, text: TrainingText, teacher: OpenedModel, precision: str, world: World
+) -> TeacherCache:
+    """The folder `teacher_cache` of a run whose teacher is `teacher`.
+
+    Raises `InputError` for a cache of another teacher, or a text with images, which the key of a sequence does not
+    contain.
+    """
+    assert options.teacher_cache is not None
+    if text.documents.kind is Kind.WITH_EXTRA:
+        raise InputError("teacher_cache identifies a sequence by its tokens, not by images: omit teacher_cache")
+    stream = [text.train_sha256, data.seed, data.seq_len, data.column, text.template_sha256]
+    settings = {
+        "weights": teacher.fingerprint,
+        "dtype": str(teacher_dtype(precision)),
+        "top_k": options.teacher_top_k,
+        "temperature": options.temperature,
+        "cross_document_attention": data.cross_document_attention,
+    }
+    return TeacherCache(options.teacher_cache, stream, settings, world)
 
 
 def num_left(step: int, last: int, every: int) -> int:

@@ -40,6 +40,17 @@ def has_risen(starts_dense: bool, figures: Mapping[str, Mapping[str, float]]) ->
     return f"the last two perplexities, {before:,.3f} and {last:,.3f}, are far above the start ({start:,.3f})"
 
 
+def perplexities_when_sparse(
+    figures: Mapping[str, Mapping[str, float]], max_steps: int, mask_interval: int
+) -> list[float]:
+    """The perplexities of a run that becomes sparse during training, since every group is n:m, without the last one.
+
+    Every group is n:m from the first mask refresh in the second half of the run.
+    """
+    first = max_steps / 2 + mask_interval
+    return [values["prune_now_ppl"] for step, values in figures.items() if first <= int(step) < max_steps]
+
+
 _DIVERGED = {"problem": "DIVERGED", "remedy": "lower learning_rate"}
 _FELL_SHORT = {"problem": "FELL SHORT", "remedy": "train for more steps"}
 

@@ -161,16 +161,6 @@ def _mean(value: float | Sequence[float]) -> float:
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The wishes of a user; None is no wish."""
-
-    megabytes: float | None = None
-    factor: float | None = None
-    """The most perplexity, in units of the dense model's."""
-    tokens_per_second: float | None = None
-
-
-@dataclass(frozen=True)
 class Choice:
     """The recipes for a model, and the best one under the limits."""
 
@@ -229,8 +219,10 @@ class Choice:
 
 def choose(
     shapes: Shapes,
-    limits: Limits,
     *,
+    megabytes: float | None = None,
+    factor: float | None = None,
+    tokens_per_second: float | None = None,
     among: Iterable[Recipe] | None = None,
     seconds: float | None = None,
     progress: Progress = silent,
@@ -238,6 +230,7 @@ def choose(
     """The recipe of least perplexity within the limits; with a limit on perplexity alone, the smallest one.
 
     Args:
+        factor: the most perplexity, in units of the dense model's.
         among: by default those of `recipes` whose pattern and head fit the model.
         seconds: of timing on this machine; None times nothing.
 
@@ -256,13 +249,21 @@ def choose(
     kept = [
         (recipe, size)
         for recipe, size, time in candidates
-        if (limits.megabytes is None or size <= limits.megabytes * 1e6)
-        and (limits.factor is None or recipe.factor <= limits.factor)
-        and (limits.tokens_per_second is None or (time is not None and 1 / time >= limits.tokens_per_second))
+        if (megabytes is None or size <= megabytes * 1e6)
+        and (factor is None or recipe.factor <= factor)
+        and (tokens_per_second is None or (time is not None and 1 / time >= tokens_per_second))
     ]
     if not kept:
-        raise InputError(_refusal(limits, candidates))
-    only_factor = limits.megabytes is None and limits.tokens_per_second is None
+        missed = []
+        if megabytes is not None:
+            missed.append(f"megabytes {megabytes:g} (the smallest recipe has {candidates[-1][1] / 1e6:,.1f})")
+        if factor is not None:
+            least = min(recipe.factor for recipe in fitting)
+            missed.append(f"perplexity_at_most {factor:g}x (the best has {least:.3f}x)")
+        if tokens_per_second is not None:
+            missed.append(f"tokens_per_second {tokens_per_second:g} (the fastest has {1 / min(timed.values()):,.0f})")
+        raise InputError(f"no recipe has {' and '.join(missed)}: allow more")
+    only_factor = megabytes is None and tokens_per_second is None
     best, _ = min(kept, key=lambda row: (row[1], row[0].factor) if only_factor else (row[0].factor, row[1]))
     return Choice(candidates, best, shapes.num_weights, load)
 
@@ -272,17 +273,3 @@ def _fits(option: Option, shapes: Shapes) -> bool:
     widths = [columns for (_, columns), count in shapes.blocks.items() for _ in range(count)]
     divided = sum(not option.m or columns % option.m == 0 for columns in widths)
     return option.head in HEADS and 2 * divided >= len(widths)
-
-
-def _refusal(limits: Limits, candidates: Sequence[tuple[Recipe, int, float | None]]) -> str:
-    """The limits that no recipe keeps, with the best value of each."""
-    parts = []
-    if limits.megabytes is not None:
-        parts.append(f"megabytes {limits.megabytes:g} (the smallest recipe has {candidates[-1][1] / 1e6:,.1f})")
-    if limits.factor is not None:
-        least = min(recipe.factor for recipe, *_ in candidates)
-        parts.append(f"perplexity_at_most {limits.factor:g}x (the best has {least:.3f}x)")
-    if limits.tokens_per_second is not None:
-        fastest = max(1 / time for *_, time in candidates if time is not None)
-        parts.append(f"tokens_per_second {limits.tokens_per_second:g} (the fastest has {fastest:,.0f})")
-    return f"no recipe has {' and '.join(parts)}: allow more"

@@ -29,9 +29,13 @@ def run_oneshot(config: OneshotConfig) -> None:
     """Prunes, measures and writes the verified model."""
     pattern, device = config.pattern, choose_device(config.device)
     options = TextOptions.of(asdict(config))
-    text = open_documents(config.calibration, options, split=config.calibration_split)
     draw = Draw(
-        documents=text, num_sequences=config.calibration_sequences, seed=config.seed, precision=config.precision
+        documents=open_documents(config.calibration, options, split=config.calibration_split),
+        name=config.calibration,
+        options=options,
+        num_sequences=config.calibration_sequences,
+        seed=config.seed,
+        precision=config.precision,
     )
     inputs = {name: getattr(config, name) for name in ("model", "calibration", "eval_dataset")}
     with output_folder(config.output_dir, "oneshot", resume=True, inputs=inputs) as folder:
@@ -43,8 +47,6 @@ def run_oneshot(config: OneshotConfig) -> None:
             pattern,
             steps_of(config.method, pattern),
             draw=draw if method_of(config.method, pattern).reads_text else None,
-            text_name=config.calibration,
-            options=options,
             device=torch.device(device),
             revision=config.revision,
             trust_remote_code=config.trust_remote_code,

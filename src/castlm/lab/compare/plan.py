@@ -11,11 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from castlm.core.errors import InputError
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.nm import NM, Pattern
 from castlm.data.options import TextOptions
-from castlm.facts import Facts
-from castlm.fields import build, checked, convert, essential, number, option
+from castlm.fields import build, checked, convert, essential, option
 from castlm.files.output import begin_output, output_folder
 from castlm.files.yaml_file import read_yaml_mapping
 from castlm.lab.compare.presets import ONESHOT, PRESETS, RETRAINING, SPARSEGPT, Preset, every_method
@@ -23,7 +22,6 @@ from castlm.lab.compare.report import Report
 from castlm.lab.compare.runs import (
     CASTLM,
     ComparedRun,
-    Failure,
     OneshotConfig,
     Result,
     content_hash,
@@ -141,7 +139,7 @@ class CompareConfig:
         help="Calibration text of one-shot methods such as wanda and sparsegpt. The default is the training text.",
     )
 
-    calibration_sequences: int = number(
+    calibration_sequences: int = option(
         128,
         at_least=1,
         help="Number of calibration sequences of one-shot methods.",
@@ -181,7 +179,7 @@ def compare(config: CompareConfig, command: str, say: Say, program: Sequence[str
                 results += plan.settle(name, tokens, root)
                 report = Report(plan.preset.question, results, command, plan.hashes)
                 report.write(root)
-    has_failed = any(r.failure is not None and not r.failure.has_diverged for r in results)
+    has_failed = any(r.failure is not None and not isinstance(r.failure, DivergedError) for r in results)
     return int(has_failed), report
 
 
@@ -329,12 +327,12 @@ class Plan:
         """The result of a run: reads a finished one, otherwise starts or resumes it; `where` ends the line about it."""
         self.num_begun += 1
         self.say(f"{self.num_begun}/{self.num_runs}  {run}{where}")
+        result = Result(run, run.folder(root))
         try:
-            outcome: Facts | Failure = execute(run, root, self.say, self.program)
+            result.facts = execute(run, root, self.say, self.program)
         except InputError as error:
-            outcome = Failure(str(error))
-        result = Result(run, outcome, run.folder(root))
-        self.say(f"  {result.failure.reason if result.failure else f'perplexity {result.perplexity:.3f}'}")
+            result.failure = error
+        self.say(f"  {result.failure or f'perplexity {result.perplexity:.3f}'}")
         return result
 
     def make(self, name: str, budget: int, seed: int, rate: float | None, *, tuning: bool = False) -> ComparedRun:

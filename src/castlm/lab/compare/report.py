@@ -242,8 +242,8 @@ class Report:
         for result in results:
             if result.trial and result.failure is not None:
                 name, rate = result.run.variant, result.run.config.get("learning_rate")
-                kind = "diverged" if result.failure.has_diverged else "failed"
-                self.warnings.append(f"{kind}: {name}, a trial at the rate {rate}: {result.failure.reason}")
+                kind = "failed" if result.problem is None else "diverged"
+                self.warnings.append(f"{kind}: {name}, a trial at the rate {rate}: {result.failure}")
 
     def table(self, headings: Sequence[str]) -> list[list[str]]:
         """The cells of each row in the columns `headings`."""

@@ -128,8 +128,8 @@ def _row(
         return spread(value(r.facts) for r in done)
 
     def reasons(problem: str) -> list[str]:
-        of_problem = [(r.run.seed, r.failure or r.facts.verdict) for r in group if r.problem == problem]
-        return [f"seed {seed}: {why.reason}" for seed, why in of_problem if why is not None]
+        found = [r for r in group if r.problem == problem]
+        return [f"seed {r.run.seed}: {r.failure or (r.facts.verdict and r.facts.verdict.reason)}" for r in found]
 
     gaps: dict[int, float] = {}  # by the seed of the control
     of_budget = {seed: value for (tokens, seed), value in controls.items() if tokens == (run.budget or largest)}
@@ -160,7 +160,7 @@ def _row(
         peak_memory_mib=memory,
         diverged=reasons("diverged"),
         fell_short=reasons("fell short"),
-        errors=[f"seed {r.run.seed}: {r.failure.reason}" for r in group if r.failure and not r.failure.has_diverged],
+        errors=[f"seed {r.run.seed}: {r.failure}" for r in group if r.failure and r.problem is None],
     )
 
 

@@ -20,6 +20,7 @@ from typing import Any
 import yaml
 
 import castlm
+from castlm.core.errors import DivergedError, InputError
 from castlm.core.nm import Pattern
 from castlm.data.options import ScoredTextOptions
 from castlm.facts import Facts
@@ -99,39 +100,18 @@ class ComparedRun:
         return f"{self.variant}, seed {self.seed}{rate}"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a run has no result."""
-
-    reason: str
-    """One line."""
-    exit_code: int | None = None
-    """The exit code of its process; None if none was started."""
-
-    @property
-    def has_diverged(self) -> bool:
-        """Whether the run was stopped because it diverged: no other error ends a run with this exit code."""
-        return self.exit_code == 1
-
-
 @dataclass
 class Result:
-    """A run and its facts, or its failure."""
+    """A run and its facts, or the error that ended it."""
 
     run: ComparedRun
-    outcome: Facts | Failure
     folder: Path
+    facts: Facts = field(default_factory=lambda: Facts(pattern=None, left_dense={}))
+    """The content of the run's castlm.json; without any entry if the run failed."""
+    failure: InputError | None = None
+    """A `DivergedError` if the run was stopped because it diverged."""
     trial: bool = False
     """Whether it only tried a learning rate and has no row in the table."""
-
-    @property
-    def facts(self) -> Facts:
-        """The content of the run's castlm.json; without any entry if the run failed."""
-        return self.outcome if isinstance(self.outcome, Facts) else Facts(pattern=None, left_dense={})
-
-    @property
-    def failure(self) -> Failure | None:
-        return self.outcome if isinstance(self.outcome, Failure) else None
 
     @property
     def perplexity(self) -> float:
@@ -142,7 +122,7 @@ class Result:
     @property
     def problem(self) -> str | None:
         """The problem of the run: "diverged", "fell short" or None."""
-        if self.failure is not None and self.failure.has_diverged:
+        if isinstance(self.failure, DivergedError):
             return "diverged"
         return None if self.facts.verdict is None else self.facts.verdict.outcome
 
@@ -208,10 +188,10 @@ def read_finished(folder: Path) -> Facts | None:
     return Facts.read_result(model) if (model / RESULT).is_file() else None
 
 
-def execute(run: ComparedRun, root: Path, say: Say, program: Sequence[str] = CASTLM) -> Facts | Failure:
+def execute(run: ComparedRun, root: Path, say: Say, program: Sequence[str] = CASTLM) -> Facts:
     """Returns the facts of a run: reads a finished one, resumes an interrupted one, or starts it by `program`.
 
-    Returns a `Failure` if its process failed. Raises `InputError` as `read_finished`.
+    Raises `InputError` if its process failed, a `DivergedError` if it diverged, and as `read_finished`.
     """
     from castlm.training.checkpoint import remove_checkpoints  # imports torch
 
@@ -237,7 +217,8 @@ def execute(run: ComparedRun, root: Path, say: Say, program: Sequence[str] = CAS
     if facts is None or (code and (facts.verdict is None or facts.verdict.ok)):
         printed = log.read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it printed nothing"]
         reason = printed[-1].removeprefix("castlm: error: ")
-        return Failure(f"exit code {code}: {reason} (all of it: {log})", code)
+        kind = DivergedError if code == 1 else InputError  # no other error ends a run with this exit code
+        raise kind(f"exit code {code}: {reason} (all of it: {log})")
     remove_checkpoints(folder / "checkpoints")
     say(f"  done in {time.monotonic() - started:.0f} s")
     return facts

@@ -204,9 +204,6 @@ def heat_map(
     *,
     x_label: str,
     y_label: str,
-    form: str = ".2g",
-    from_zero: bool = True,
-    power: float = 1.0,
     cell_height: int = 26,
     width: int = HALF,
 ) -> str:
@@ -215,12 +212,9 @@ def heat_map(
     Args:
         values: (rows, columns); None leaves a cell empty.
         row_labels, column_labels: empty strings leave a tick without a label.
-        form: format specification of the values.
-        from_zero: whether the colour scale begins at 0 instead of the smallest value.
-        power: exponent of the colour scale; 0.5 makes small values more visible.
     """
     found = [value for row in values for value in row if value is not None]
-    low = 0.0 if from_zero else min(found, default=0.0)
+    low = min(found, default=0.0)
     span = max(found, default=0.0) - low or 1.0
     cell = (width - 20 - 7 * max(map(len, row_labels), default=0)) / max(1, len(column_labels))  # pixels, about
 
@@ -231,10 +225,10 @@ def heat_map(
             for column, value in enumerate(row):
                 if value is None:
                     continue
-                share = (max(0.0, value - low) / span) ** power
+                share = (value - low) / span
                 face = (LIGHT_SERIES[0], 0.06 + 0.94 * share)
                 axes.add_patch(Rectangle((column - 0.48, number - 0.46), 0.96, 0.92, facecolor=face, linewidth=0))
-                text = format(value, form)
+                text = f"{value:.2g}"
                 if cell > 7.5 * len(text):
                     ink = LIGHT["paper" if share > 0.5 else "ink"]
                     axes.text(column, number, text, ha="center", va="center", color=ink, fontsize=8)
@@ -248,7 +242,7 @@ def heat_map(
         axes.tick_params(length=0)
         axes.spines[:].set_visible(False)
         axes.set_xlabel(x_label, loc="right")
-        axes.set_title(f"{y_label}, {low:{form}} to {low + span:{form}}", loc="left", fontsize=9, color=LIGHT["muted"])
+        axes.set_title(f"{y_label}, {low:.2g} to {low + span:.2g}", loc="left", fontsize=9, color=LIGHT["muted"])
 
     return _svg(draw, width, 66 + cell_height * len(values))
 

@@ -352,7 +352,6 @@ def _layers(run: RunData) -> list[Picture]:
         [str(block) for block in blocks],
         x_label="transformer block",
         y_label=label,
-        from_zero=False,
         cell_height=30 if len(cells) < 10 else 20,
         width=WHOLE,
     )

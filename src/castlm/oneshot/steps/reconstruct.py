@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from castlm.core.errors import InputError
 from castlm.data.calibration import CalibrationText
-from castlm.oneshot.ranks import ONE_RANK, Division
-from castlm.oneshot.report import OneshotReport, Reconstruction
+from castlm.facts import Reconstructed
+from castlm.oneshot.ranks import Division
+from castlm.oneshot.report import OneshotReport
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
+from castlm.world import ALONE
 
 _HELD_OUT = 8  # one batch in 8 is held out; with a single batch, one sequence in 8
 _BETAS = (0.9, 0.99)
@@ -79,7 +81,7 @@ def reconstruct_(
     epochs: int,
     learning_rate: float,
     division: Division | None = None,
-) -> Reconstruction:
+) -> Reconstructed:
     """Trains the kept weights of `masks` and the norms of `block`, in place, with Adam and a cosine schedule.
 
     An optimizer step is on one batch, so several ranks take turns: the rank with the batch gives its gradient to the
@@ -93,8 +95,8 @@ def reconstruct_(
         masks: the mask of each trained weight, True = kept.
         division: the batches of the text, of which this rank has `inputs` and `targets`; by default, it has all.
     """
-    division = division or Division(len(inputs), ONE_RANK)
-    ranks, own = division.ranks, {batch: position for position, batch in enumerate(division.batches)}
+    division = division or Division(len(inputs), ALONE)
+    world, own = division.world, {batch: position for position, batch in enumerate(division.batches)}
     num_batches = sum(map(len, division.parts))
     if num_batches > 1:
         num_held_out = max(1, num_batches // _HELD_OUT)
@@ -102,14 +104,14 @@ def reconstruct_(
         held_out_rows = trained_rows = slice(None)
     else:
         held_out = training = range(1)
-        num_held_out = max(1, ranks.on_main(lambda: len(inputs[0])) // _HELD_OUT)
+        num_held_out = max(1, world.on_main(lambda: len(inputs[0])) // _HELD_OUT)
         held_out_rows, trained_rows = slice(num_held_out), slice(num_held_out, None)
 
     @torch.no_grad()
     def sum_over(batches: Iterable[int], value: Callable[[int], Tensor]) -> float:
         found = {batch: float(value(own[batch])) for batch in batches if batch in own}
         everywhere: dict[int, float] = {}
-        for of_rank in ranks.gather(found, patient=True):
+        for of_rank in world.gather(found, patient=True):
             everywhere |= of_rank  # summed below in the order of the batches, whichever rank has them
         return sum(everywhere[batch] for batch in batches)
 
@@ -126,12 +128,12 @@ def reconstruct_(
     def gradient_of(batch: int) -> None:
         if batch in own:
             distance(own[batch], trained_rows).backward()
-        if ranks.size > 1:
+        if world.size > 1:
             owner = division.owner(batch)
             for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-                ranks.share_(parameter.grad, owner)
+                world.share_(parameter.grad, owner)
 
     # By the name of the class, as families have norms of their own: LlamaRMSNorm, Gemma2RMSNorm, LayerNorm.
     norms = [p for m in block.modules() if "norm" in type(m).__name__.lower() for p in m.parameters(recurse=False)]
@@ -160,7 +162,7 @@ def reconstruct_(
     with torch.no_grad():
         for parameter, value in zip(trained, best):
             parameter.copy_(value)
-    return Reconstruction(before, lowest, done)
+    return Reconstructed(before, lowest, done)
 
 
 @contextmanager

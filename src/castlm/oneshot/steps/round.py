@@ -183,7 +183,8 @@ def quantize_(
         torch.int8
     """
     source = MemoryModel(model, layers_to_round(model, filter_fn))
-    return round_blocks(source, Round(kind, damping), calibration, progress=progress)
+    text = None if calibration is None else CalibrationText(calibration)
+    return round_blocks(source, Round(kind, damping), text, progress=progress)
 
 
 def layers_to_round(model: PreTrainedModel, filter_fn: FilterFn = is_sparse_linear) -> dict[str, SparseLayer]:
@@ -200,7 +201,7 @@ def layers_to_round(model: PreTrainedModel, filter_fn: FilterFn = is_sparse_line
 def round_blocks(
     source: Source,
     step: Round,
-    calibration: Tensor | None,
+    text: CalibrationText | None,
     folder: Path | None = None,
     *,
     then: Sequence[Step] = (),
@@ -211,15 +212,14 @@ def round_blocks(
 ) -> QuantizeReport:
     """Rounds the layers of `source` block by block: a `MemoryModel` in place, a `StoredModel` into `folder`.
 
-    See `quantize_` for `calibration`, and `run_start` for the others.
+    See `run_start` for the other arguments.
 
     Args:
         then: further steps after `step`.
     """
-    assert calibration is None or any(each.reads_text for each in (step, *then))
-    text = None if calibration is None else CalibrationText(calibration)
+    assert text is None or any(each.reads_text for each in (step, *then))
     done = run_start(source, [step, *then], text, folder, facts=facts, restart=restart, progress=progress, say=say)
-    num_sequences, seq_len = (0, 0) if calibration is None else calibration.shape
+    num_sequences, seq_len = (0, 0) if text is None else text.sequences.shape
     return QuantizeReport(
         step.kind,
         step.layers,

@@ -7,8 +7,7 @@ factorization. With staged statistics, the inputs of a layer are measured after 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
-from functools import partial
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,7 +20,6 @@ from castlm.data.calibration import CalibrationText
 from castlm.oneshot.inputs import check_finite_input, entries_of, see_inputs
 from castlm.oneshot.layer_input import LayerInput
 from castlm.oneshot.options import Refinements
-from castlm.oneshot.ranks import ONE_RANK, Ranks, by_rows, share_each
 from castlm.oneshot.refine import improve_masks, refit
 from castlm.oneshot.report import LayerResult, OneshotReport, relative_error
 from castlm.oneshot.routed import Seen
@@ -29,6 +27,7 @@ from castlm.oneshot.solvers import SOLVERS, Pruned, Settings, Solver, damped, wh
 from castlm.oneshot.source import Source
 from castlm.oneshot.steps.base import Step
 from castlm.oneshot.walk import Visit
+from castlm.world import World
 
 
 class Solve(Step):
@@ -55,12 +54,6 @@ class Solve(Step):
         options = {name: getattr(self.refinements, name) for name in read}
         return {"method": self.method, "pattern": str(self.pattern), "staged_statistics": self.is_staged, **options}
 
-    def settings_of(self, layer: str) -> Settings:
-        """The pattern and the refinements of a layer."""
-        pattern = self.pattern.at(layer)
-        assert isinstance(pattern, Pattern)
-        return Settings(pattern, self.refinements)
-
     def begin(self, source: Source, text: CalibrationText | None, report: OneshotReport) -> None:
         assert isinstance(source.pattern, Pattern)
         self.pattern = source.pattern
@@ -72,7 +65,8 @@ class Solve(Step):
         visit.source.keep_dense(inside)
         if inputs is None:
             for name, layer in inside.items():
-                report.layers += prune_layers({name: layer.weight}, None, self.solver, self.settings_of(name))
+                settings = Settings(self.pattern.at(name), self.refinements, visit.world)
+                report.layers += prune_layers({name: layer.weight}, None, self.solver, settings)
             return
         if not inside:
             return
@@ -85,20 +79,43 @@ class Solve(Step):
                 stages, seen = _names_of(by_stage), by_stage[0]
                 del by_stage
             else:
-                stages = visit.ranks.on_main(
+                stages = visit.world.on_main(
                     lambda: _names_of(stages_of(see_inputs(inside, inputs, None, 0))), patient=True
                 )
         seen = self._with_statistics(seen)
         for num_done, names in enumerate(stages, 1):
             if not seen:
                 seen = see_inputs({name: inside[name] for name in names}, inputs, self.solver, inputs.num_sequences)
-            report.layers += prune_seen(inside, seen, self.solver, self.settings_of, visit.ranks)
+            report.layers += self._prune_seen(inside, seen, visit.world)
             seen = []
             # Once q, k, v and o are pruned, the outputs of the attention are final, and later passes need not run it.
             unpruned = [inside[name] for later in stages[num_done:] for name in later]
             # Where one rank has one block at a time in memory, to need little of it counts more than time.
-            if (visit.source.is_whole or visit.ranks.size > 1) and unpruned:
+            if (visit.source.is_whole or visit.world.size > 1) and unpruned:
                 inputs.keep_outputs(_finished(inputs.blocks[inputs.block_index], inside.values(), unpruned))
+
+    def _prune_seen(self, layers: Mapping[str, SparseLayer], seen: Seen, world: World) -> list[LayerResult]:
+        """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens."""
+        results = []
+        for each in seen:
+            weights = matrices({name: layers[name] for name in each.names})
+            pruned = []
+            for entry in each.entries():
+                alike: dict[Pattern, dict[str, Tensor]] = {}  # layers of one pattern are solved together
+                for name in entry.names:
+                    layer = name if name in layers else each.names[0]  # an expert has the layer's name and a number
+                    alike.setdefault(self.pattern.at(layer), {})[name] = weights[name]
+                whole = entry.statistic
+                for number, (pattern, together) in enumerate(alike.items(), 1):
+                    # a solver may overwrite the statistic
+                    entry.statistic = whole if number == len(alike) else whole.clone()
+                    settings = Settings(pattern, self.refinements, world)
+                    pruned += prune_layers(together, entry, self.solver, settings)
+            assert len(pruned) == len(weights)
+            if layers[each.names[0]].weight.dim() == 3:
+                pruned = [LayerResult.of_matrices(each.names[0], pruned, each.num_few)]
+            results += pruned
+        return results
 
     def _with_statistics(self, seen: Seen) -> Seen:
         """Turns the Hessians in `seen` into the statistics of the solver; drops them if it has others."""
@@ -138,57 +155,22 @@ def _finished(
             yield module
 
 
-def prune_seen(
-    layers: Mapping[str, SparseLayer],
-    seen: Seen,
-    solver: Solver,
-    settings_of: Callable[[str], Settings],
-    ranks: Ranks = ONE_RANK,
-) -> list[LayerResult]:
-    """Prunes the layers that read the inputs `seen`, in place; each expert by the statistic of its own tokens.
-
-    Args:
-        settings_of: the settings of a layer by its name; those with equal ones are solved together.
-    """
-    results = []
-    for each in seen:
-        weights = matrices({name: layers[name] for name in each.names})
-        pruned = []
-        for entry in each.entries():
-            alike: dict[Settings, dict[str, Tensor]] = {}
-            for name in entry.names:
-                layer = name if name in layers else each.names[0]  # an expert has the layer's name and a number
-                alike.setdefault(settings_of(layer), {})[name] = weights[name]
-            whole = entry.statistic
-            for number, (settings, together) in enumerate(alike.items(), 1):
-                # a solver may overwrite the statistic
-                entry.statistic = whole if number == len(alike) else whole.clone()
-                pruned += prune_layers(together, entry, solver, settings, ranks)
-        assert len(pruned) == len(weights)
-        if layers[each.names[0]].weight.dim() == 3:
-            pruned = [LayerResult.of_matrices(each.names[0], pruned, each.num_few)]
-        results += pruned
-    return results
-
-
 def prune_layers(
     weights: Mapping[str, Tensor],
     seen: LayerInput | None,
     solver: Solver,
     settings: Settings,
-    ranks: Ranks = ONE_RANK,
 ) -> list[LayerResult]:
     """Prunes weights (out, in) that read the same input, in place.
 
     Args:
         seen: the input; None for magnitude without calibration text.
-        ranks: the ranks that have the same weights and input, and divide the rows.
+        settings: their ranks have the same weights and input, and divide the rows.
 
     Raises:
         InputError: a weight or an input that is not finite, or a Hessian that cannot be factorized.
     """
     names = ", ".join(weights)
-    settings = settings._replace(by_rows=partial(by_rows, ranks), share_each=partial(share_each, ranks))
     dense = torch.cat([w.float() for w in weights.values()])  # q, k, v: (576, 576), 2 x (192, 576) -> (960, 576)
     check_finite(f"the weight of {names}", dense)
     statistic = torch.zeros(()) if seen is None else seen.statistic
@@ -197,7 +179,7 @@ def prune_layers(
     with naming(names):
         if has_zero_input:  # any mask gives the same output, the bias
             pruned = SOLVERS["magnitude"].prune(dense, statistic, settings)
-        elif _is_refined(solver, settings):
+        elif solver.is_refined and (settings.refinements.mask_iterations or settings.refinements.num_refits):
             pruned = _solve_refined(dense, statistic, solver, settings)
         else:
             pruned = solver.prune(dense, statistic, settings)
@@ -221,11 +203,6 @@ def prune_layers(
     return results
 
 
-def _is_refined(solver: Solver, settings: Settings) -> bool:
-    """Whether a refinement follows a solver with these settings."""
-    return solver.is_refined and bool(settings.refinements.mask_iterations or settings.refinements.num_refits)
-
-
 def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: Settings) -> Pruned:
     """Solves for masks and weights, then for better masks and for better weights, as the options ask."""
     options = settings.refinements
@@ -237,15 +214,7 @@ def _solve_refined(dense: Tensor, statistic: Tensor, solver: Solver, settings: S
     target = dense.masked_fill(dead, 0) if dead.any() else dense
     hessian = damped(hessian, options.damping if pruned.damping is None else pruned.damping)
     if options.mask_iterations:
-        weight = improve_masks(
-            weight,
-            target,
-            hessian,
-            settings.pattern,
-            options.mask_iterations,
-            settings.by_rows,
-            settings.share_each,
-        )
+        weight = improve_masks(weight, target, hessian, settings.pattern, options.mask_iterations, settings.world)
     if options.num_refits:
-        weight = refit(weight, target, hessian, options.num_refits, settings.by_rows)
+        weight = refit(weight, target, hessian, options.num_refits, settings.world)
     return pruned._replace(weight=weight)

@@ -185,6 +185,10 @@ class World:
             raise InputError(f"{missing} did not reach {where} within {self.timeout_s:g} s: it hangs or has ended")
 
 
+ALONE = World(0, 1, torch.device("cpu"), None)
+"""A process that is the only rank."""
+
+
 @contextlib.contextmanager
 def reporting_once(world: World) -> Iterator[None]:
     """Turns an `InputError` of another rank than the main one into a line and `SystemExit`.

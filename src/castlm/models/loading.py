@@ -26,13 +26,13 @@ from castlm.core.errors import InputError, check_finite, one_line
 from castlm.core.experts import ExpertLinear
 from castlm.core.shards import local, own_rows
 from castlm.core.sparsify import SparseLayer, dense_name
-from castlm.distributed.world import World
 from castlm.dtypes import STORED
 from castlm.models.architecture import auto_class, linearize_
 from castlm.models.gguf import GgufWeights, forget_gguf, gguf_weights
 from castlm.models.io import Loaded, as_input_error, open_model, quiet, stored_dtype, weights_of
 from castlm.models.stored_layout import Part, StoredLayout
 from castlm.models.weights import OLD_BUFFERS
+from castlm.world import World
 from castlm_runtime.stored import StoredTensor, byte_chunks, read_header
 
 _PIECE = 1 << 22
@@ -196,7 +196,7 @@ class StoredWeights:
             return self.places[name].read(read, slice(None))
 
     def fingerprint(self, world: World) -> str:
-        """The `castlm.distributed.loading.fingerprint` of the model with these weights; all ranks call it.
+        """The `castlm.models.loading.fingerprint` of the model with these weights; all ranks call it.
 
         The one pass over the files before the work also checks that every weight can be read and is finite: 8B in bf16
         are 16 GB, which take an NVMe disk 11 s. Each tensor is read by two ranks, r and r + 1, whose digests must be
