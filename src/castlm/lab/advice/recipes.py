@@ -110,7 +110,7 @@ def recipes() -> tuple[Recipe, ...]:
     best: dict[Option, Recipe] = {}
     for column, of_smaller, trains_weights, trains_scales in (
         (_column(large, ROUNDED), _column(smaller, ROUNDED), True, False),
-        (_column(large, SCALES_AFTER), {}, True, True),
+        (_column(large, SCALES_AFTER), _column(smaller, SCALES_AFTER), True, True),
         ({f"{weights}, int8 head": found for weights, found in _column(alone, SCALES_ALONE).items()}, {}, False, True),
     ):
         for option, perplexity in _with_heads(column, heads).items():
