@@ -365,6 +365,7 @@ def load_on_meta(
                 ignore_mismatched_sizes=True,
                 local_files_only=True,
                 use_safetensors=True,
+                use_kernels=False,  # of the hub: none computes on meta
                 **remote,
             )
             model, info = loaded  # as `output_loading_info` asks

@@ -350,6 +350,7 @@ def load_weights(where: Location, config: PretrainedConfig, **options: Any) -> P
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # `check_loading_info` reports them in one line
             revision=where.revision,
+            use_kernels=False,  # code of the hub, which computes other bits
             **weights,
             **options,
         )
