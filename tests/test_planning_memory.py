@@ -229,10 +229,9 @@ def test_bad_input_is_refused_in_one_line(tmp_path, content, options, named, cap
     assert_refused([(["plan", "memory", "--model", str(path), "--seq-len", "32", *options], named)], capsys)
 
 
-@pytest.mark.parametrize("family", ["llava", "falcon"])
-def test_families_whose_memory_is_not_known_are_refused_by_name(family):
-    with pytest.raises(InputError, match=family):
-        planned(tiny_model(family).config, seq_len=32, micro_batch=1)
+def test_a_family_whose_memory_is_not_known_is_refused_by_name():
+    with pytest.raises(InputError, match="llava"):
+        planned(tiny_model("llava").config, seq_len=32, micro_batch=1)
 
 
 @pytest.mark.slow

@@ -87,6 +87,10 @@ _VIEWS = {
 }
 _COPIES = {"clone", "_to_copy", "lift_fresh", "constant_pad_nd", "roll", "flip", "tril", "triu", "masked_fill"}
 _REDUCTIONS = {"sum", "mean", "amax", "amin", "prod", "linalg_vector_norm", "norm", "_softmax", "var", "std"}
+_LIKE = {f"new_{what}" for what in ("zeros", "ones", "full", "empty")} | {
+    f"{what}_like" for what in ("zeros", "ones", "full", "empty")
+}
+"""Constants of the shape or type of a tensor, whose values they do not read."""
 _PRODUCTS: dict[str, tuple[tuple[int, int], ...]] = {
     "mm": ((0, -1), (1, -2)),
     "bmm": ((0, -1), (1, -2)),
@@ -245,7 +249,7 @@ class _Watch(TorchDispatchMode):
         after: list[Labels] | None = None
         if labelled and name in _PRODUCTS:
             self._note_sums(name, args)
-        elif labelled:
+        elif labelled and name not in _LIKE:
             # Of all experts (8, 96, 32), those of each token may be taken before they are multiplied by.
             takes_experts = name in ("index", "index_select") and args[0] in self.labels and args[0].dim() == 3
             if not depends or takes_experts:

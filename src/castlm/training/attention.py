@@ -51,7 +51,7 @@ _ASKS_FOR_SDPA = re.compile(r"_attn_implementation\s*(==|!=|in\b|not in\b).*sdpa
 def use_attention_(model: PreTrainedModel) -> bool:
     """Makes the text layers of `model` attend by `attend`, and returns whether they do.
 
-    They do not if they are not on transformers' interface of attention functions (Falcon, most remote code), if they
+    They do not if they are not on transformers' interface of attention functions (most remote code), if they
     do not use "sdpa" (attention sinks), or if their code does something else where the name is not "sdpa": layers that
     choose their keys, such as DeepSeek V3.2's, would read all keys.
     """
