@@ -134,7 +134,7 @@ def test_a_model_in_memory_is_trained_on_documents_in_memory(llama, text):
 
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Trainer, "train_step", 3), slow(quantized, "hessian_of", 1), slow(scales, "held_out_kl", 1)],
+    [(Trainer, "train_step", 3), slow(quantized, "hessian_of", 1), slow(scales, "held_out_loss", 1)],
 )
 def test_a_killed_training_continues_to_the_same_bits(owner, name, call, llama, text, tmp_path, monkeypatch):
     monkeypatch.setattr(scales, "SAVE_STEPS", 2)
