@@ -51,7 +51,7 @@ BLOCK = re.compile(r"(?:^<!-- not run: (?P<why>[^\n]+) -->\n)?^```(?P<language>\
 NOT_RUN = {
     "installs castlm": 2,
     "installs vLLM": 1,
-    "needs a GPU": 3,
+    "needs a GPU": 4,
     "needs a model of 3B": 1,
     "needs several GPUs": 1,
     "needs several machines": 1,
