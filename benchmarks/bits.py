@@ -36,6 +36,7 @@ from castlm_runtime.packed import PackedSpec
 
 CELLS = ("dense/4", "dense/3", "2:4/4", "3:4/4", "3:4/3", "2:4/3")
 WAYS = ("train, then round", "trained rounding", "train, round, train scales")
+TASKS = "arc_easy,hellaswag"
 SAVES = 4
 """Checkpoints of a run, from which it resumes."""
 
@@ -102,13 +103,20 @@ def cell(args: argparse.Namespace, pattern: str, bits: int, seed: int, way: str,
             _run("pack", source, output_dir=packed, head=head, **(text if reads else {}))
         else:
             _run("quantize", run, "--packed", output_dir=packed, kind=f"int{bits}", head=head, **text)
-        measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens}
-        _run("eval", packed, text=args.eval_text, json=figures, **measured)
-        found = json.loads(figures.read_text())["perplexity"]
+        measured = {"seq-len": args.seq_len, "eval-tokens": args.eval_tokens, "json": figures}
+        tasks = {"tasks": TASKS, "tasks-from": args.tasks_from, "limit": 400} if args.tasks_from else {}
+        _run("eval", packed, text=args.eval_text, **measured, **tasks)
+        found = json.loads(figures.read_text())
+        row = {"perplexity": found["perplexity"]}
+        for figure in found.get("zero_shot", {}).get("results", []):
+            row[f"{figure['task']} {figure['metric']}"] = figure["value"]
+        if args.second_text:
+            _run("eval", packed, text=args.second_text, **measured)
+            row["second perplexity"] = json.loads(figures.read_text())["perplexity"]
         num_bytes = sum(file.stat().st_size for file in packed.glob("*.safetensors"))
     as_trained = Facts.read(run / "model").perplexity.final if args.steps else None
     key = {"pattern": pattern, "bits": bits, "seed": seed, "way": way, "head": head}
-    return {**key, "as_trained": as_trained, "perplexity": found, "mb": num_bytes / 1e6}
+    return {**key, "as_trained": as_trained, **row, "mb": num_bytes / 1e6}
 
 
 def _name(pattern: str) -> str:
@@ -143,6 +151,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--scale-steps", type=int, default=100, help="of the scales alone")
     parser.add_argument("--eval-tokens", type=int, default=0)
+    parser.add_argument("--second-text", help="another text whose perplexity is measured, as WikiText-2")
+    parser.add_argument("--tasks-from", help=f"folder with the files of {TASKS}: 400 questions of each are asked")
     parser.add_argument("--calibration", type=int, default=128, help="sequences, for rounding and heads")
     parser.add_argument("--rate", type=float, default=3e-3, help="learning rate of n:m and of rounded weights")
     parser.add_argument("--dense-rate", type=float, default=5e-4, help="of dense weights that are not rounded")
