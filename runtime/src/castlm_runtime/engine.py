@@ -504,9 +504,10 @@ class Engine:
     def _remove_finished(self) -> None:
         for answer in [answer for answer in self._is_short if answer.reason is not None]:
             del self._is_short[answer]
-            running, _ = self._running.pop(answer, (None, None))
+            running, _ = self._running.get(answer, (None, None))
             if running is not None:
                 self.batch.remove(running)
+                del self._running[answer]
 
 
 def cache_size(model: Model, kind: str, wanted: int | None, say: Say) -> tuple[int, int]:
