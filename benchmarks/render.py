@@ -69,6 +69,7 @@ def table(found: dict[str, Any], view: str | None = None) -> str:
     rows = {row[0]: row for row in found["rows"]}
     chosen = [rows[name] for name in shown["rows"]] if "rows" in shown else found["rows"]
     assert all(len(row) == len(columns) for row in chosen)
+    assert len({*names}) == len(names), f"two columns of one name: {names}"
     lines = [
         [names[place] for place in places],
         ["---:" if "digits" in columns[place] else "---" for place in places],
