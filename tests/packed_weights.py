@@ -112,4 +112,5 @@ def check_product(packed: PackedTensor, buffer: Tensor, x: Tensor) -> None:
         bound += 0.501 * step @ weight.abs().T
     if x.dtype == torch.bfloat16:
         bound += 2**-8 * (exact.abs() + bound)
-    assert ((packed_linear(x, buffer, packed.spec.rows).double() - exact).abs() <= bound + 1e-30).all()
+    product = packed_linear(x, buffer, packed.spec.rows).double()
+    assert ((product - exact).abs() <= bound + 1e-30).all(), (packed.spec, len(x))

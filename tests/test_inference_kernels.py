@@ -10,13 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from castlm.core.errors import InputError
 from castlm.dtypes import FLOATS
 from castlm.packed import native
 from castlm.packed.layers import DIRECT_ROWS, PackedEmbedding, PackedLinear, packed_linear, prepare_layers_
-from castlm.packed.tensor import pack_integers, unpack
+from castlm.packed.tensor import PackedTensor, pack_integers, unpack
 from castlm_runtime.formats import PACKABLE
 from tests.fused import threads
 from tests.packed_weights import DENSE_ONLY, PATTERNS, buffer_of, check_product, kernels_of, random_packed
@@ -41,52 +42,47 @@ def layouts(m: int, level: str) -> list[str]:
     return ["best", "rows"] if m and level not in ("avx512", "amx") else ["best"]
 
 
-@pytest.mark.parametrize(
-    ("values", "n", "m", "layout", "level"),
-    [
-        (values, n, m, layout, level)
-        for values, (n, m), level in itertools.product(PACKABLE, PATTERNS, native.levels())
-        if has_pattern(values, m) and 24 % (m or 1) == 0
-        for layout in layouts(m, level)
-    ],
-    indirect=["level"],
-)
-def test_products_and_rows_of_every_format(values, n, m, layout, level):
-    for rows, columns in ((8, 192), (5, 24), (13, 96)):
+@pytest.mark.parametrize("values", PACKABLE)
+def test_products_and_rows_of_every_format(values, level):
+    patterns = [(n, m) for n, m in PATTERNS if has_pattern(values, m) and 24 % (m or 1) == 0]
+    for (n, m), (rows, columns) in itertools.product(patterns, ((8, 192), (5, 24), (13, 96))):
         packed = random_packed(values, n, m, rows, columns)
-        buffer = buffer_of(packed, layout)
-        out = torch.empty(rows, columns)
-        native.unpack(buffer, 0, rows, out)
-        assert torch.equal(out, unpack(packed).float())
-        numbers = torch.tensor([[rows - 1, 0], [3, 3]])
-        assert torch.equal(native.gather(buffer, numbers, columns), out[numbers])
-        middle = torch.empty(rows - 3, columns)
-        native.unpack(buffer, 2, rows - 1, middle)
-        assert torch.equal(middle, out[2:-1])
-        for batch in (1, 2, 3, 8, 16, 17):
-            for dtype in (torch.float32, torch.bfloat16):
-                check_product(packed, buffer, torch.randn(batch, columns).to(dtype))
+        for layout in layouts(m, level):
+            check_rows(packed, buffer_of(packed, layout))
+            for batch, dtype in itertools.product((1, 2, 3, 8, 16, 17), (torch.float32, torch.bfloat16)):
+                check_product(packed, buffer_of(packed, layout), torch.randn(batch, columns).to(dtype))
+
+
+def check_rows(packed: PackedTensor, buffer: Tensor) -> None:
+    """All rows, some in the middle, and some by their numbers."""
+    rows, columns = packed.spec.rows, packed.spec.columns
+    out, middle = torch.empty(rows, columns), torch.empty(rows - 3, columns)
+    native.unpack(buffer, 0, rows, out)
+    assert torch.equal(out, unpack(packed).float()), packed.spec
+    native.unpack(buffer, 2, rows - 1, middle)
+    assert torch.equal(middle, out[2:-1]), packed.spec
+    numbers = torch.tensor([[rows - 1, 0], [3, 3]])
+    assert torch.equal(native.gather(buffer, numbers, columns), out[numbers]), packed.spec
 
 
 @pytest.mark.parametrize(
     ("values", "m"),
     [each for each in itertools.product(PACKABLE, [0, 2, 4, 8, 16, 32, 64]) if has_pattern(*each)],
 )
-@pytest.mark.parametrize("layout", ["best", "lanes"])
-def test_every_pattern_is_multiplied_exactly(values, m, layout, level):
+def test_every_pattern_is_multiplied_exactly(values, m, level):
     """Products of integers are those of whole numbers: x has integers up to 127, 127 in each block."""
-    for n in {1, m // 2, m - 1} if m else {0}:
+    for n, layout in itertools.product({1, m // 2, m - 1} if m else {0}, ("best", "lanes")):
         for rows, columns, batch in ((19, 2 * m + 64, 3), (33, 3 * (m or 7), 1), (80, 128, 29), (35, 2 * m + 64, 77)):
             packed = random_packed(values, n, m, rows, columns)
             buffer, out = buffer_of(packed, layout), torch.empty(rows, columns)
             native.unpack(buffer, 0, rows, out)
             weight = unpack(packed).float()
-            assert torch.equal(out, weight)
+            assert torch.equal(out, weight), packed.spec
             x = torch.randint(-127, 128, (batch, columns)).float()
             x[:, ::64] = 127.0
             bound = 1e-6 * x.double().abs() @ weight.double().abs().T + 1e-30
             product = packed_linear(x, buffer, rows)
-            assert ((product.double() - x.double() @ weight.double().T).abs() <= bound).all()
+            assert ((product.double() - x.double() @ weight.double().T).abs() <= bound).all(), packed.spec
 
 
 @settings(max_examples=40, deadline=None)
@@ -109,36 +105,33 @@ def test_products_of_any_shape(values, pattern, rows, groups, batch, num_threads
 
 
 @pytest.mark.parametrize("values", list(FLOATS))
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (8, 16), (0, 0)])
-@pytest.mark.parametrize("rows", [4, 23, 131])
-def test_one_wide_row_of_activations(values, n, m, rows, level):
+def test_one_wide_row_of_activations(values, level):
     """Several parts of such a matrix are read side by side, and what is left of it tile by tile."""
-    packed = random_packed(values, n, m, rows, 2240)
-    check_product(packed, buffer_of(packed), torch.randn(1, 2240))
+    for (n, m), rows in itertools.product([(2, 4), (1, 4), (8, 16), (0, 0)], (4, 23, 131)):
+        packed = random_packed(values, n, m, rows, 2240)
+        check_product(packed, buffer_of(packed), torch.randn(1, 2240))
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (0, 0)])
-@pytest.mark.parametrize(("batch", "rows", "columns"), [(5, 512, 1024), (1, 1100, 2240), (40, 500, 2240)])
-def test_a_result_does_not_depend_on_threads(n, m, batch, rows, columns, level):
-    packed = random_packed("bf16", n, m, rows, columns)
-    buffer, x = buffer_of(packed), torch.randn(batch, columns)
-    one = packed_linear(x, buffer, rows)
-    with threads(4):
-        assert all(torch.equal(packed_linear(x, buffer, rows), one) for _ in range(20))
+def test_a_result_does_not_depend_on_threads(n, m, level):
+    for batch, rows, columns in ((5, 512, 1024), (1, 1100, 2240), (40, 500, 2240)):
+        packed = random_packed("bf16", n, m, rows, columns)
+        buffer, x = buffer_of(packed), torch.randn(batch, columns)
+        one = packed_linear(x, buffer, rows)
+        with threads(4):
+            assert all(torch.equal(packed_linear(x, buffer, rows), one) for _ in range(20)), (batch, rows, columns)
 
 
 @pytest.mark.parametrize("values", PACKABLE)
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_activations_that_are_not_finite_are_not_hidden(values, bad, level):
-    for n, m, batch in ((2, 4, 1), (0, 0, 1), (2, 4, 16), (0, 0, 16)):
-        if m and values in DENSE_ONLY:
-            continue
+def test_activations_that_are_not_finite_are_not_hidden(values, level):
+    patterns = [(0, 0)] if values in DENSE_ONLY else [(2, 4), (0, 0)]
+    for (n, m), batch, bad in itertools.product(patterns, (1, 16), (float("nan"), float("inf"))):
         packed = random_packed(values, n, m, 8, 128)
         x = torch.randn(batch, 128)
         x[0, 70] = bad
         out = packed_linear(x, buffer_of(packed), 8)
         uses = unpack(packed)[:, 70] != 0
-        assert not torch.isfinite(out[0, uses]).any()
+        assert not torch.isfinite(out[0, uses]).any(), (packed.spec, batch, bad)
 
 
 @pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (4, 8), (8, 16), (0, 0)])
@@ -202,22 +195,22 @@ def test_many_rows_are_as_few_rows_where_the_kernels_take_them(values, n, m, lev
     assert torch.equal(packed_linear(x.half(), buffer, 24), packed_linear(x.half().float(), buffer, 24).half())
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(24, 128), (21, 1104), (8, 64)])
 @pytest.mark.parametrize(
     ("values", "n", "m"),
     [*itertools.product(("int8", "int4"), (2, 1, 0), (4,)), ("int6", 0, 0), ("int8", 4, 8), ("int8", 8, 16)],
 )
-def test_any_number_of_rows_of_integers_has_the_bits_of_four(values, n, m, rows, columns, level):
+def test_any_number_of_rows_of_integers_has_the_bits_of_four(values, n, m, level):
     """AVX-512 has kernels for groups of 1 to 12 rows. Prompts have kernels of their own: with AVX2 for up to 64 rows,
     with AVX-512 where at most half is kept.
 
     1,104 columns are decoded in two parts with AVX2.
     """
-    buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
-    x = torch.randn(103, columns)
-    in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])
-    for many in (*range(1, 13), 17, 25, 36, 37, 64, 65, 96, 103):
-        assert torch.equal(packed_linear(x[:many], buffer, rows), in_fours[:many])
+    for rows, columns in ((24, 128), (21, 1104), (8, 64)):
+        buffer = buffer_of(random_packed(values, n, m if n else 0, rows, columns))
+        x = torch.randn(103, columns)
+        in_fours = torch.cat([packed_linear(part, buffer, rows) for part in x.split(4)])
+        for many in (*range(1, 13), 17, 25, 36, 37, 64, 65, 96, 103):
+            assert torch.equal(packed_linear(x[:many], buffer, rows), in_fours[:many]), (rows, columns, many)
 
 
 def test_what_does_not_fit_is_refused():

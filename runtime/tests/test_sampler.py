@@ -67,7 +67,6 @@ def check_distribution(tokens: np.ndarray, probabilities: np.ndarray) -> None:
     assert stats.chisquare(found[expected > 0], expected[expected > 0]).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("vocabulary", [1, 7, 64, 200, 1000])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -91,15 +90,14 @@ def check_distribution(tokens: np.ndarray, probabilities: np.ndarray) -> None:
     ],
     ids=str,
 )
-def test_distributions_are_those_of_transformers(vocabulary, settings):
-    if vocabulary < 7:
-        settings = {name: {0: 4.0} if name == "logit_bias" else value for name, value in settings.items()}
-    logits = some_logits(vocabulary)
-    context = {"prompt": [0, 0, 5 % vocabulary], "answer": [2 % vocabulary, 6 % vocabulary, 2 % vocabulary]}
-    count = 4000
-    check_distribution(
-        draws(logits, count, **context, **settings), transformers_probabilities(logits, **context, **settings)
-    )
+def test_distributions_are_those_of_transformers(settings):
+    for vocabulary in (1, 7, 64, 200, 1000):
+        if vocabulary == 1 and "logit_bias" in settings:
+            continue
+        logits = some_logits(vocabulary)
+        context = {"prompt": [0, 0, 5 % vocabulary], "answer": [2 % vocabulary, 6 % vocabulary, 2 % vocabulary]}
+        expected = transformers_probabilities(logits, **context, **settings)
+        check_distribution(draws(logits, 4000, **context, **settings), expected)
 
 
 @pytest.mark.parametrize("spread", [0.3, 2.5])
