@@ -326,7 +326,7 @@ def llama_cpp_points(options: argparse.Namespace, loaded: Loaded, text: Tensor) 
         if options.tasks_from:
             point.zero_shot = accuracy(options, load_model(file).model, loaded)
         points.append(point)
-        runners[point.name] = LlamaCpp(str(file), "f16", torch.get_num_threads(), ROOM, BATCH)
+        runners[point.name] = LlamaCpp(str(file), "f16", torch.get_num_threads())
     return points, runners
 
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from benchmarks.speeds import on_thread_of_llama_cpp
+
 FORMATS = {"Q8_0": "LLAMA_FTYPE_MOSTLY_Q8_0", "Q4_0": "LLAMA_FTYPE_MOSTLY_Q4_0"}
 """Name of the format, and of llama_cpp's constant of it."""
 MIN_CONTEXT = 512
@@ -62,6 +64,7 @@ class LlamaCpp:
         self._scoring = llama_cpp.Llama(str(self.file), logits_all=True, verbose=False, **sizes, **threads)
         atexit.register(self._scoring.close)  # Python's own clean-up comes too late for it
 
+    @on_thread_of_llama_cpp
     def logits(self, ids: Tensor) -> Tensor:
         """The logits of one sequence, (num_tokens,) at most `seq_len`: fp32, (num_tokens, vocabulary)."""
         self._scoring.reset()

@@ -14,13 +14,15 @@ sequences with `--batch-context` tokens each. The tokens are random, and the sam
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 import numpy as np
 
@@ -84,9 +86,26 @@ class Castlm:
         return (time.perf_counter() - began) / count
 
 
+_THREAD_OF_LLAMA_CPP = ThreadPoolExecutor(1)
+
+Parameters = ParamSpec("Parameters")
+Result = TypeVar("Result")
+
+
+def on_thread_of_llama_cpp(function: Callable[Parameters, Result]) -> Callable[Parameters, Result]:
+    """Runs all calls of llama.cpp on one thread: it sets the shapes of AMX tiles once, and castlm sets its own."""
+
+    @functools.wraps(function)
+    def run(*arguments: Parameters.args, **options: Parameters.kwargs) -> Result:
+        return _THREAD_OF_LLAMA_CPP.submit(function, *arguments, **options).result()
+
+    return run
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp with flash attention, whose sequences have caches of their own."""
 
+    @on_thread_of_llama_cpp
     def __init__(self, file: str, cache: str, threads: int):
         import llama_cpp
 
@@ -121,6 +140,7 @@ class LlamaCpp:
         assert not code, code
         self.api.llama_synchronize(self.context)
 
+    @on_thread_of_llama_cpp
     def read(self, ids: np.ndarray) -> float:
         self._reset(*ids.shape)
         began = time.perf_counter()
@@ -130,6 +150,7 @@ class LlamaCpp:
                 self._decode([(int(ids[row, at]), at, row, at + 1 == self.length) for at in part])
         return time.perf_counter() - began
 
+    @on_thread_of_llama_cpp
     def steps(self, count: int) -> float:
         began = time.perf_counter()
         for _ in range(count):
