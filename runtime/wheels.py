@@ -11,6 +11,7 @@ import argparse
 import os
 import platform
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -59,10 +60,13 @@ def platform_tag(library: Path, target: str) -> str:
 
 
 def build_wheel(target: str, to: Path) -> None:
+    """Builds in a copy of the sources: setuptools keeps its files beside them, where another target's would be found."""
     with tempfile.TemporaryDirectory() as folder:
         library = build_library(target, Path(folder))
         environment = {**os.environ, "CASTLM_KERNELS": str(library), "CASTLM_PLATFORM": platform_tag(library, target)}
-        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(to), str(ROOT)]
+        copy = Path(folder, "runtime")
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns("build", "*.egg-info", "__pycache__"))
+        command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(to), str(copy)]
         subprocess.run(command, check=True, env=environment)
 
 
