@@ -11,8 +11,8 @@ which `castlm eval` measures:
 - trained rounding: `castlm train --weight-bits`, then `castlm pack`;
 - train, round, train scales: `castlm train`, then `castlm quantize --train-steps` then `castlm pack`.
 
-`--steps 0` trains no weights: the first way is then the start or the dense model, rounded. `--second-text TEXT` adds the
-perplexity on a text of another kind, `--tasks-from FOLDER` the tasks whose files the folder has.
+`--steps 0` trains no weights: the first way is then the start or the dense model, rounded. `--second-text TEXT` adds
+the perplexity on a text of another kind, `--tasks-from FOLDER` the tasks whose files the folder has.
 
 DIR keeps the start of each pattern, every run, and the rows in rows.json, each at once. The same command goes on where
 it was stopped: a finished part is not made again, and a run resumes bit for bit.

@@ -60,7 +60,7 @@ def platform_tag(library: Path, target: str) -> str:
 
 
 def build_wheel(target: str, to: Path) -> None:
-    """Builds in a copy of the sources: setuptools keeps its files beside them, where another target's would be found."""
+    """Builds in a copy of the sources, as setuptools leaves files beside them that another target would find."""
     with tempfile.TemporaryDirectory() as folder:
         library = build_library(target, Path(folder))
         environment = {**os.environ, "CASTLM_KERNELS": str(library), "CASTLM_PLATFORM": platform_tag(library, target)}

@@ -109,8 +109,8 @@ int castlm::multiply(const Product* products, int64_t count, const uint8_t* x, i
     float* sums = in_place ? reinterpret_cast<float*>(y) : static_cast<float*>(scratch<3>(filled * ldy * 4));
     const int64_t helped = std::min<int64_t>(threads, std::max<int64_t>(1, rows * columns * batch / kWeightsPerThread));
     const int64_t part = helped == 1 ? of.tiles() : whole(std::max<int64_t>(1, of.tiles() / (helped * 4)), kernel.multiple_of_tiles);
-    in_parallel(of.tiles(), part, helped, [&](int64_t first, int64_t last) {
-      kernel.multiply(of, packed + kHeaderBytes, all, sums, ldy, first, last);
+    in_parallel(of.tiles(), part, helped, [&, weights = packed + kHeaderBytes](int64_t first, int64_t last) {
+      kernel.multiply(of, weights, all, sums, ldy, first, last);
     });
     for (int64_t b = 0; b < batch && !in_place; ++b) {
       if (is_bfloat16) narrow_bfloat16(sums + b * ldy, rows, reinterpret_cast<uint16_t*>(y) + b * rows);

@@ -113,7 +113,7 @@ void attend_to_keys(const Strip& strip, const Brought& brought, int64_t t, int64
       for (int v = 0; v < kVectors; ++v) {
         const Integers key = oldest[v] * 0 + int32_t(k);
         float* at = scores + k * kStrip + v * kLanes;
-        const Vector score = (key <= newest[v]) & (key > oldest[v]) ? load(at) : all(-INFINITY);
+        const Vector score = ((key <= newest[v]) & (key > oldest[v])) ? load(at) : all(-INFINITY);
         store(at, score);
         here[v] = larger(score, here[v]);
       }
